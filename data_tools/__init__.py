@@ -1,0 +1,1 @@
+"""The sharding tools: `python -m data_tools COMMAND`."""

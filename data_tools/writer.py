@@ -1,0 +1,106 @@
+"""Writes shards: a tar by webdataset's TarWriter with its index beside it, byte for byte a function of the samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from data_tools.convert import Packed
+from pivot.data.samples import message_text
+from pivot.data.shards import INDEX_RECORD, Shard, key_hash
+
+U16, U32 = 2**16 - 1, 2**32 - 1
+
+
+class ShardWriter:
+    """One shard; it exists under its own name only once it is whole and on the disk."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        self.name = name
+        self._tar_path, self._idx_path = out / "shards" / f"{name}.tar", out / "index" / f"{name}.idx"
+        for path in (self._tar_path, self._idx_path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = _part(self._tar_path).open("w+b")
+        # A file object and encoder=False: no shell, no pickle. mtime 0: the same bytes on every run.
+        self._writer = webdataset.TarWriter(self._file, encoder=False, compress=False, mtime=0)
+        self._writer.tarstream.format = tarfile.USTAR_FORMAT
+        self._records: list[np.ndarray] = []
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, packed: Packed) -> None:
+        offset = self._writer.tarstream.offset
+        for extension, data in packed.members:  # one by one: a single call would sort them, the JSON not first
+            self._writer.write({"__key__": packed.key, extension: data})
+        self._records.append(_index_record(packed, offset, self._writer.tarstream.offset - offset))
+        self.num_bytes = self._writer.tarstream.offset
+
+    def close(self) -> Shard:
+        """Finish both files and rename them into place."""
+        self._writer.close()
+        self._file.flush()
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for record in self._records:
+                start = int(record["offset"])
+                record["crc32"] = zlib.crc32(content[start : start + int(record["span"])])
+            size, sha256 = len(content), hashlib.sha256(content).hexdigest()
+        index = np.array(self._records, dtype=INDEX_RECORD).tobytes()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        _part(self._tar_path).replace(self._tar_path)
+        write_atomically(self._idx_path, index)
+        sync_folder(self._tar_path.parent)
+        return Shard(self.name, len(self._records), size, sha256, hashlib.sha256(index).hexdigest())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is there whole, or not at all."""
+    with _part(path).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    _part(path).replace(path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _index_record(packed: Packed, offset: int, span: int) -> np.ndarray:
+    images = packed.sample["images"]
+    record = np.zeros((), dtype=INDEX_RECORD)
+    record["key_hash"] = key_hash(packed.key)
+    record["offset"], record["span"] = offset, span
+    record["json_len"] = len(packed.members[0][1])
+    record["n_images"] = min(len(images), U16)
+    record["img_w"] = min(max((image["w"] for image in images), default=0), U16)
+    record["img_h"] = min(max((image["h"] for image in images), default=0), U16)
+    record["pixels"] = min(sum(image["w"] * image["h"] for image in images), U32)
+    for field in ("prompt", "chosen", "rejected"):
+        record[f"chars_{field}"] = min(len(message_text(packed.sample[field])), U32)
+    return record

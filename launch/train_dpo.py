@@ -1,0 +1,8 @@
+"""Train a multimodal LLM with DPO: `deepspeed launch/train_dpo.py CONFIG [key=value ...] [--check | --print-config]`."""
+
+import sys
+
+from command import main
+
+if __name__ == "__main__":
+    sys.exit(main("dpo", sys.argv[1:]))

@@ -1,0 +1,8 @@
+"""Train a multimodal LLM with SFT: `deepspeed launch/train_sft.py CONFIG [key=value ...] [--check | --print-config]`."""
+
+import sys
+
+from command import main
+
+if __name__ == "__main__":
+    sys.exit(main("sft", sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""What travels from the data to the model and the objective: one padding-free row of tokens in prefix trees.
+
+Letters used for shapes: T tokens, S segments, I images, F image tokens (one image feature each), N targets,
+C completions, P pairs (for SFT: samples).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHOSEN = "chosen"
+REJECTED = "rejected"
+DUMMY_SAMPLE = -1  # `sample_index` of the weight-0 pair that a rank runs when it has nothing to do
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Segments whose tokens lie one behind the other and attend causally among themselves.
+
+    The queries are row positions [start, end). The keys are the spans in `prefix` (all ancestors of the chain's
+    first segment, root first) followed by the chain itself, under a causal mask aligned at the bottom right.
+    """
+
+    start: int
+    end: int
+    prefix: tuple[tuple[int, int], ...]
+
+    @property
+    def num_queries(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_keys(self) -> int:
+        return self.num_queries + sum(end - start for start, end in self.prefix)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A forest of prefix trees over the row, kept on the host so that attention needs no synchronisation.
+
+    `start`, `end`: int32[S], the half-open span of each segment; `parent`: int32[S], -1 for a root.
+    A token attends causally within its segment and fully to all ancestors of it. Segments are in depth-first order
+    and tile the row: a first child lies right behind its parent. Raises ValueError when that does not hold.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    parent: np.ndarray
+    # Per-forward scratch of the attention back ends (masks, gather indices), never part of the value.
+    cache: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "parent"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.int32))
+        starts, ends, parents = self.start.tolist(), self.end.tolist(), self.parent.tolist()
+        path: list[int] = []  # the open segments from the root down to the previous one
+        for i, (start, end, parent) in enumerate(zip(starts, ends, parents, strict=True)):
+            expected = ends[i - 1] if i else 0
+            if start != expected or end <= start:
+                raise ValueError(f"segment {i} is [{start}, {end}); expected a non-empty one that starts at {expected}")
+            while path and path[-1] != parent:
+                path.pop()
+            if parent != -1 and not path:
+                raise ValueError(f"segment {i} names parent {parent}, which is not on the path to it (depth-first)")
+            path.append(i)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.end[-1]) if len(self) else 0
+
+    def ancestors(self, segment: int) -> list[int]:
+        """The segments that `segment` attends to in full, root first."""
+        found = []
+        parent = int(self.parent[segment])
+        while parent != -1:
+            found.append(parent)
+            parent = int(self.parent[parent])
+        return found[::-1]
+
+    @cached_property
+    def chains(self) -> tuple[Chain, ...]:
+        """The row cut into chains: a root or a later child opens one, a first child continues its parent's."""
+        heads = [i for i in range(len(self)) if self.parent[i] == -1 or self.parent[i] != i - 1]
+        chains = []
+        for head, following in zip(heads, [*heads[1:], len(self)], strict=True):
+            prefix = tuple((int(self.start[a]), int(self.end[a])) for a in self.ancestors(head))
+            chains.append(Chain(int(self.start[head]), int(self.end[following - 1]), prefix))
+        return tuple(chains)
+
+    def position_ids(self) -> np.ndarray:
+        """int64[T]: a root counts from 0, a child goes on where its parent ended."""
+        positions = np.empty(self.num_tokens, dtype=np.int64)
+        for start, end, parent in zip(self.start, self.end, self.parent, strict=True):
+            first = 0 if parent == -1 else positions[self.end[parent] - 1] + 1
+            positions[start:end] = np.arange(first, first + end - start)
+        return positions
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch: a row of T tokens in prefix trees, its distinct images and the targets to score."""
+
+    token_ids: Tensor  # int64[T]; image tokens hold the image-token id
+    position_ids: Tensor  # int64[T]
+    segments: Segments
+
+    pixel_values: Tensor  # uint8[I, 3, H, W], I >= 1: a black dummy when the row holds no image
+    image_positions: Tensor  # int64[F]: the row position that takes a feature
+    feature_index: Tensor  # int64[F]: which of the I * num_image_tokens features it takes
+
+    target_positions: Tensor  # int64[N]: the position whose hidden state predicts
+    target_ids: Tensor  # int64[N]
+    target_completion: Tensor  # int64[N], in [0, C), not decreasing
+
+    by_role: dict[str, Tensor]  # role -> int64[P]: the completion that plays it in pair p, in the order of the pairs
+    completion_tokens: Tensor  # int64[C]: targets per completion
+    completion_weight: Tensor  # float32[C]: 0 for a dummy or a masked bad sample, else 1
+    sample_index: Tensor  # int64[P], on the host: the row of the data set, DUMMY_SAMPLE for a dummy
+
+    @property
+    def num_completions(self) -> int:
+        return self.completion_weight.shape[0]
+
+    @property
+    def num_pairs(self) -> int:
+        return self.sample_index.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    def completion_logps(self, token_logps: Tensor) -> Tensor:
+        """Sum float32[N] log-probs into float32[C], one per completion."""
+        sums = torch.zeros(self.num_completions, dtype=token_logps.dtype, device=token_logps.device)
+        return sums.index_add(0, self.target_completion, token_logps)
+
+    def pair_weight(self) -> Tensor:
+        """float32[P]: the weight of each pair, which its completions share."""
+        return self.completion_weight[self.by_role[CHOSEN]]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on `device`; the segments and `sample_index` stay on the host."""
+        moved: dict[str, object] = {}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, Tensor) and spec.name != "sample_index":
+                moved[spec.name] = value.to(device, non_blocking=True)
+        moved["by_role"] = {role: index.to(device, non_blocking=True) for role, index in self.by_role.items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]  # mypy cannot see the field names

@@ -1,0 +1,230 @@
+"""Checkpoints that are complete or not there: our own commit around DeepSpeed's files, and a verified way back.
+
+    checkpoints/step-00000100/   manifest.json (written last: size and sha256 of every file), state.json, rank-*.pt,
+                                 DeepSpeed's shards
+    checkpoints/latest           the newest one's name, moved after it was published
+
+DeepSpeed publishes its own `latest` before all ranks have written, and loads damaged or foreign shards without a
+word; neither is used. Order of a save: write into step-N.tmp, hash, manifest, fsync, rename, latest, prune.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from pivot import distributed
+from pivot.distributed import World
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+VISIBLE_WITHIN_S = 60.0  # a shared file system may show a rename late
+
+
+class Shards(Protocol):
+    """The engine's side: this rank's share of weights and optimizer state below folder/tag."""
+
+    def save(self, folder: Path, tag: str) -> None: ...
+    def load(self, folder: Path, tag: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `step` optimizer steps are done."""
+
+    folder: Path
+    step: int
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+# -- save ----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    engine: Shards,
+    checkpoints: Path,
+    step: int,
+    world: World,
+    *,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    size_bytes: int,
+    keep: int,
+    extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write and publish the checkpoint of `step`; collective. `state` comes back from `load`, the same on all ranks.
+
+    `facts` go into the manifest (world size, ZeRO stage, fingerprints); `extra(folder)` may add rank 0's own files.
+    A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
+    launcher can reach them. What was published before stays untouched. RuntimeError when the disk is too small.
+    """
+    final = distributed.broadcast(step_folder(checkpoints, step))
+    partial = final.with_name(final.name + ".tmp")
+    with distributed.shared_failure(f"preparing {partial}"):
+        if world.is_main:
+            _require_space(checkpoints, size_bytes)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    try:
+        engine.save(checkpoints, partial.name)
+        torch.save(distributed.rng_state(), partial / f"rank-{world.rank:05d}.pt")
+        if world.is_main:
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            if extra is not None:
+                extra(partial)
+    except BaseException:
+        free = shutil.disk_usage(checkpoints).free / 2**30
+        traceback.print_exc()
+        print(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+    dist.barrier()
+    files = _hash_shared(partial, world)
+    with distributed.shared_failure(f"publishing {final}"):
+        if world.is_main:
+            manifest = {"format": FORMAT, "step": step, **facts, "files": files}
+            _publish(partial, final, manifest)
+            _prune(checkpoints, keep)
+    _wait_for(final)
+    return final
+
+
+def _require_space(folder: Path, size_bytes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes:
+        raise RuntimeError(
+            f"{folder}: a checkpoint takes {size_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+            "make room or set output_dir elsewhere; nothing was deleted"
+        )
+
+
+def _hash_shared(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file, the work split over the ranks; each file is on the disk when this returns."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = distributed.broadcast(names)
+    own: dict[str, dict[str, Any]] = {}
+    with distributed.shared_failure(f"hashing {folder}"):
+        for name in names[world.rank :: world.size]:
+            own[name] = _describe(folder / name, sync=True)
+    merged: dict[str, dict[str, Any]] = {}
+    for part in distributed.gather(own):
+        merged |= part
+    return dict(sorted(merged.items()))
+
+
+def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
+    _sync_folder(partial)
+    if final.exists():  # the same step saved again after a resume
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    write_atomically(final.parent / "latest", final.name + "\n")
+    _sync_folder(final.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old content or the new one, also after a power cut."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(checkpoints: Path, keep: int) -> None:
+    for folder in published(checkpoints)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def _wait_for(folder: Path) -> None:
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    with distributed.shared_failure(f"waiting for {folder}"):
+        while not (folder / MANIFEST).is_file():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{folder} is not visible here after {VISIBLE_WITHIN_S:g} s; is output_dir shared?")
+            time.sleep(0.1)
+
+
+# -- load ----------------------------------------------------------------------------------------------------------
+
+
+def published(checkpoints: Path) -> list[Path]:
+    """Folders that carry a manifest, oldest first."""
+    return sorted(path.parent for path in checkpoints.glob(f"step-????????/{MANIFEST}"))
+
+
+def find(checkpoints: Path, world: World, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written; None when there is none at all. Collective.
+
+    A damaged one is named and left alone, and the next older is taken. RuntimeError when all are damaged: a run that
+    asked to go on must not begin again.
+    """
+    folders = distributed.broadcast(published(checkpoints))
+    for folder in reversed(folders):
+        manifest, problem = _verify(folder, world)
+        if problem is None:
+            state = json.loads((folder / "state.json").read_text())
+            return Checkpoint(folder, manifest["step"], manifest, state)
+        say(f"warning: {folder} is damaged and is not used: {problem}")
+    if folders:
+        raise RuntimeError(f"{checkpoints}: every checkpoint is damaged; start afresh in another output_dir")
+    return None
+
+
+def _verify(folder: Path, world: World) -> tuple[dict[str, Any], str | None]:
+    """Compare each file with the manifest, the work split over the ranks; the first difference, or None."""
+    manifest: dict[str, Any] = {}
+    problem: str | None = None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in sorted(manifest["files"])[world.rank :: world.size]:
+            expected = manifest["files"][name]
+            if not (folder / name).is_file():
+                problem = problem or f"{name} is missing"
+            elif _describe(folder / name) != expected:
+                problem = problem or f"{name} is not the file of {expected['bytes']} bytes that was written"
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"{MANIFEST}: {type(error).__name__}: {error}"
+    return manifest, next((text for text in distributed.gather(problem) if text), None)
+
+
+def load(engine: Shards, checkpoint: Checkpoint, world: World) -> None:
+    """Put weights, optimizer state and this rank's random state back as they were saved. Collective."""
+    engine.load(checkpoint.folder.parent, checkpoint.folder.name)
+    states = torch.load(checkpoint.folder / f"rank-{world.rank:05d}.pt", weights_only=True)
+    distributed.set_rng_state(states)

@@ -1,0 +1,121 @@
+"""Image files to uint8 pixels of one square size. Normalising is the model's, on the device: a quarter of the bytes.
+
+Resizing is torch's antialiased bicubic on uint8, which differs from Pillow's by at most one level and needs a
+third of the time.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pivot.processor import ImageGeometry
+
+EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+MAX_PIXELS = 80_000_000  # 240 MB as RGB; below the number at which Pillow starts to warn of a bomb
+ORIENTATION = 0x0112  # EXIF tag
+
+
+class ImageError(ValueError):
+    """An image file that cannot be decoded, or should not be."""
+
+
+class ImageFacts(NamedTuple):
+    """What the header of an image file says; width and height as displayed, after EXIF orientation."""
+
+    extension: str
+    width: int
+    height: int
+
+
+def read_facts(data: bytes) -> ImageFacts:
+    """The facts of an image file without decoding its pixels. Raises ImageError."""
+    image = _open(data)
+    width, height = image.size
+    if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # turned by a quarter
+        width, height = height, width
+    return ImageFacts(EXTENSION_OF_FORMAT[str(image.format)], width, height)
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """uint8[H, W, 3] of a JPEG, PNG or WebP file of any mode, upright; the first frame of an animation.
+
+    Transparency is laid on white. Raises ImageError for damaged files and for more than MAX_PIXELS, the latter
+    before anything is decoded.
+    """
+    image = _open(data)
+    try:
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and upright:
+            try:
+                return simplejpeg.decode_jpeg(data, colorspace="RGB")
+            except ValueError:
+                pass  # it stops at harmless warnings too; Pillow decides what is really broken
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged data
+        raise ImageError(f"cannot decode the image ({type(error).__name__}: {error})") from error
+
+
+def load_image(data: bytes, geometry: ImageGeometry) -> Tensor:
+    """uint8[3, size, size] of an image file, fitted as the geometry says."""
+    return fit_square(decode_rgb(data), geometry.size, geometry.fit, geometry.mean)
+
+
+def fit_square(rgb: np.ndarray, size: int, fit: str, mean: tuple[float, float, float]) -> Tensor:
+    """uint8[3, size, size] of uint8[H, W, 3]: `squash` both sides, `crop` the centre, or `pad` with the mean colour.
+
+    Crop cuts before it resizes and pad resizes before it pads, so that no extreme aspect ratio needs much memory.
+    """
+    height, width = rgb.shape[:2]
+    if fit == "crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return _resize(rgb[top : top + side, left : left + side], size, size)
+    if fit == "pad":
+        longest = max(height, width)
+        new_height, new_width = max(1, round(size * height / longest)), max(1, round(size * width / longest))
+        color = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+        square = color[:, None, None].expand(3, size, size).clone()
+        top, left = (size - new_height) // 2, (size - new_width) // 2
+        square[:, top : top + new_height, left : left + new_width] = _resize(rgb, new_height, new_width)
+        return square
+    if fit == "squash":
+        return _resize(rgb, size, size)
+    raise ValueError(f"data.image.fit is {fit!r}, expected squash, pad or crop")
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    except Exception as error:
+        raise ImageError(f"not a JPEG, PNG or WebP image ({type(error).__name__})") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"the image is {width} x {height}, more than {MAX_PIXELS} pixels")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _resize(rgb: np.ndarray, height: int, width: int) -> Tensor:
+    # From H, W, 3 in memory: the channels-last layout that torch's fast uint8 path wants.
+    pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
+    if pixels.shape[2:] != (height, width):
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return pixels[0].contiguous()

@@ -1,0 +1,122 @@
+"""Token counts of every sample: a side-car, because they depend on the processor and the shards do not.
+
+One file per shard, `CACHE_DIR/lengths/PROCESSOR/SHARD.SHA256.npy`, written atomically and by rank 0 only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pivot.batch import CHOSEN, REJECTED
+from pivot.data.samples import ROLES_OF_KIND, completions_of
+from pivot.data.shards import Shard, ShardSet
+
+if TYPE_CHECKING:
+    from pivot.processor import Processor
+
+LENGTH_RECORD = np.dtype(
+    [
+        ("prompt", "<u4"),  # all tokens of the prompt, image tokens among them
+        ("chosen", "<u4"),
+        ("rejected", "<u4"),  # 0 where the sample has none
+        ("image", "<u4"),  # image tokens of the prompt
+        ("same", "<u4"),  # 1 where chosen and rejected are the same tokens
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """int64[rows] each, as in LENGTH_RECORD."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    image: np.ndarray
+    same: np.ndarray
+
+    @classmethod
+    def from_records(cls, records: np.ndarray) -> Lengths:
+        return cls(**{name: records[name].astype(np.int64) for name in LENGTH_RECORD.names or ()})
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def fingerprint(self) -> str:
+        columns = (self.prompt, self.chosen, self.rejected, self.image, self.same)
+        return hashlib.sha256(b"".join(column.astype("<i8").tobytes() for column in columns)).hexdigest()
+
+    def completion_tokens(self, roles: tuple[str, ...]) -> np.ndarray:
+        """int64[rows]: the tokens to score, summed over `roles`."""
+        return sum((getattr(self, role) for role in roles), np.zeros(len(self), dtype=np.int64))
+
+
+def build_lengths(
+    shards: ShardSet,
+    processor: Processor,
+    cache_dir: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the side-cars that are missing and return how many samples that took; `progress` gets (done, all)."""
+    missing = [i for i, shard in enumerate(shards.shards) if not _path(cache_dir, processor, shard).is_file()]
+    total = sum(shards.shards[i].samples for i in missing)
+    done = 0
+    for i in missing:
+        first = int(shards.first_rows[i])
+        records = np.zeros(shards.shards[i].samples, dtype=LENGTH_RECORD)
+        for ordinal in range(len(records)):
+            records[ordinal] = count_tokens(shards, first + ordinal, processor)
+            done += 1
+            if progress is not None and (done % 500 == 0 or done == total):
+                progress(done, total)
+        _write(_path(cache_dir, processor, shards.shards[i]), records)
+    return total
+
+
+def load_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path) -> Lengths:
+    """The side-cars of all shards. Raises ValueError when one is missing or does not fit its shard."""
+    parts = []
+    for shard in shards.shards:
+        path = _path(cache_dir, processor, shard)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the token counts of {shard.name} were not built (rank 0 builds them)")
+        records = np.load(path, allow_pickle=False)
+        if records.dtype != LENGTH_RECORD or len(records) != shard.samples:
+            raise ValueError(f"{path} holds {records.shape} of {records.dtype}, not one record per sample; delete it")
+        parts.append(records)
+    return Lengths.from_records(np.concatenate(parts))
+
+
+def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int, int, int, int, int]:
+    """One LENGTH_RECORD. Raises ValueError, naming the sample, when it cannot be encoded."""
+    sample = shards.read_text(row)
+    try:
+        encoded = processor.encode(sample["prompt"], completions_of(sample, ROLES_OF_KIND[sample["kind"]]))
+    except ValueError as error:
+        raise ValueError(f"{shards.describe(row)}: {error}") from error
+    chosen, rejected = encoded.completions[CHOSEN], encoded.completions.get(REJECTED, np.zeros(0, dtype=np.int64))
+    image_tokens = encoded.num_images * processor.geometry.num_tokens
+    return len(encoded.prompt), len(chosen), len(rejected), image_tokens, int(np.array_equal(chosen, rejected))
+
+
+def _path(cache_dir: str | Path, processor: Processor, shard: Shard) -> Path:
+    # The shard's own hash in the name: two sets with equal names may share a cache_dir.
+    return Path(cache_dir) / "lengths" / processor.fingerprint[:16] / f"{shard.name}.{shard.sha256[:16]}.npy"
+
+
+def _write(path: Path, records: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.save(file, records, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

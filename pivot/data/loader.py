@@ -1,0 +1,228 @@
+"""The micro-batches of one rank, step by step, read ahead by worker processes that change nothing but the speed.
+
+A sample whose bytes are damaged keeps its slot with weight 0 and is written to `bad-samples-rankN.jsonl`; order, step
+count and modules that run stay the same. Too many of them stop the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pivot.batch import PackedBatch
+from pivot.data.collate import Example, collate
+from pivot.data.images import ImageError, load_image
+from pivot.data.plan import Plan, StepPlan
+from pivot.data.samples import completions_of
+from pivot.data.shards import DamagedSample, ShardSet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pivot.processor import EncodedPair, Processor
+
+logger = logging.getLogger(__name__)
+
+# pack decodes every image, so damage at training time is a fault of disk or network: rare, or to be mended first.
+MAX_BAD_RATIO = 0.001
+MIN_BAD = 5  # so that a short run survives a handful
+MAX_BAD_IN_A_ROW = 20
+
+
+class Task(NamedTuple):
+    """What one micro-batch is made of; it travels to a worker."""
+
+    step: int
+    rows: list[int]
+
+
+class Made(NamedTuple):
+    """A micro-batch and the record of each sample that had to be masked; it travels back."""
+
+    batch: PackedBatch
+    rows: list[int]
+    bad: dict[int, dict[str, Any]]  # place in `rows` -> record
+
+
+class MicroBatches(Dataset):
+    """Reads, decodes, encodes and packs the rows of a task, in whichever process it runs."""
+
+    def __init__(self, shards: ShardSet, plan: Plan, processor: Processor) -> None:
+        self._shards, self._processor = shards, processor
+        self._lengths, self._roles = plan.lengths, plan.roles
+
+    def __getitem__(self, task: Task) -> Made:
+        examples, bad = [], {}
+        for place, row in enumerate(task.rows):
+            try:
+                examples.append(self._load(row))
+            except (DamagedSample, ImageError) as error:
+                examples.append(Example(row, None))
+                bad[place] = self._bad_record(task.step, row, str(error))
+        processor = self._processor
+        batch = collate(examples, self._roles, processor.geometry, processor.image_token_id)
+        return Made(batch, task.rows, bad)
+
+    def _load(self, row: int) -> Example:
+        try:
+            sample, files = self._shards.read(row)
+        except DamagedSample:
+            sample, files = self._shards.read(row)  # a network file system may do better the second time
+        encoded = self._processor.encode(sample["prompt"], completions_of(sample, self._roles))
+        self._check_lengths(row, encoded, len(files))
+        pixels: list[Tensor] = [load_image(data, self._processor.geometry) for data in files]
+        return Example(row, encoded, pixels, [image["sha256"] for image in sample["images"]])
+
+    def _check_lengths(self, row: int, encoded: EncodedPair, num_images: int) -> None:
+        found = {"prompt": len(encoded.prompt)} | {r: len(encoded.completions[r]) for r in self._roles}
+        expected = {name: int(getattr(self._lengths, name)[row]) for name in found}
+        if found != expected:
+            raise ValueError(
+                f"{self._shards.describe(row)}: {found} tokens, but the plan counted {expected}; the token counts in "
+                "data.cache_dir are not of this processor: delete its lengths folder"
+            )
+        if encoded.num_images != num_images:
+            raise ValueError(
+                f"{self._shards.describe(row)}: the prompt has {encoded.num_images} image part(s), "
+                f"the sample {num_images} image(s)"
+            )
+
+    def _bad_record(self, step: int, row: int, reason: str) -> dict[str, Any]:
+        shard, ordinal = self._shards.locate(row)
+        record = self._shards.index[row]
+        return {
+            "dataset": self._shards.name,
+            "shard": self._shards.shards[shard].name,
+            "ordinal": ordinal,
+            "key_hash": f"{int(record['key_hash']):016x}",
+            "offset": int(record["offset"]),
+            "step": step,
+            "reason": reason,
+        }
+
+
+class Loader:
+    """Iterates the steps of one rank from `first_step`, to the plan's end or without end.
+
+        for step_plan, micro_batches in loader:
+            for batch in micro_batches: ...
+
+    `data_wait_s` is the time spent waiting for batches; `num_masked` counts the samples that this rank
+    masked since it started. Raises RuntimeError when too many are damaged, and ValueError when a sample is not what
+    the plan counted.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        plan: Plan,
+        processor: Processor,
+        *,
+        rank: int = 0,
+        first_step: int = 0,
+        workers: int = 0,
+        bad_samples_dir: str | Path | None = None,  # None: they are logged only
+    ) -> None:
+        self._source = MicroBatches(shards, plan, processor)
+        self.plan, self._rank, self._workers = plan, rank, workers
+        self._bad_samples = Path(bad_samples_dir) / f"bad-samples-rank{rank}.jsonl" if bad_samples_dir else None
+        self._steps = first_step  # consumed, not read ahead
+        self._planned: deque[StepPlan] = deque()  # of the steps whose tasks were handed out
+        self._num_read = self._bad_in_a_row = 0
+        self.num_masked = 0
+        self.data_wait_s = 0.0
+
+    def __iter__(self) -> Iterator[tuple[StepPlan, Iterator[PackedBatch]]]:
+        self._planned.clear()
+        made = iter(self._open_stream())
+        while self.plan.num_steps is None or self._steps < self.plan.num_steps:
+            first = self._next(made)  # draws the step's tasks, and so its plan
+            step_plan = self._planned.popleft()
+            micro_batches = self._step(step_plan, first, made)
+            yield step_plan, micro_batches
+            for _ in micro_batches:
+                pass  # what the caller left unread still belongs to this step
+
+    def _step(self, step_plan: StepPlan, first: Made, made: Iterator[Made]) -> Iterator[PackedBatch]:
+        self._count(first)
+        yield first.batch
+        for _ in range(step_plan.num_micro_batches - 1):
+            following = self._next(made)
+            self._count(following)
+            yield following.batch
+        self._steps += 1
+
+    def _next(self, made: Iterator[Made]) -> Made:
+        start = time.perf_counter()
+        item = next(made)
+        self.data_wait_s += time.perf_counter() - start
+        return item
+
+    def _tasks(self) -> Iterator[Task]:
+        step = self._steps
+        while self.plan.num_steps is None or step < self.plan.num_steps:
+            step_plan = self.plan.step(step)
+            self._planned.append(step_plan)
+            for rows in step_plan.micro_batches[self._rank]:
+                yield Task(step, rows)
+            step += 1
+
+    def _open_stream(self) -> DataLoader:
+        if self._workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+        return DataLoader(
+            self._source,
+            sampler=_Once(self._tasks()),
+            batch_size=None,
+            num_workers=self._workers,
+            worker_init_fn=_ignore_signals if self._workers else None,
+            generator=torch.Generator(),  # it would draw from the trainer's
+        )
+
+    def _count(self, made: Made) -> None:
+        for place in range(len(made.rows)):
+            self._num_read += 1
+            self._bad_in_a_row = self._bad_in_a_row + 1 if place in made.bad else 0
+            if place in made.bad:
+                self._report(made.bad[place])
+
+    def _report(self, record: dict[str, Any]) -> None:
+        self.num_masked += 1
+        logger.warning("masked a damaged sample at step %d: %s", record["step"], record["reason"])
+        if self._bad_samples is not None:
+            self._bad_samples.parent.mkdir(parents=True, exist_ok=True)
+            with self._bad_samples.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        allowed = max(MIN_BAD, int(MAX_BAD_RATIO * self._num_read))
+        if self.num_masked > allowed or self._bad_in_a_row > MAX_BAD_IN_A_ROW:
+            raise RuntimeError(
+                f"{self.num_masked} of {self._num_read} samples read by rank {self._rank} are damaged "
+                f"({self._bad_in_a_row} in a row; at most {allowed} and {MAX_BAD_IN_A_ROW} are let pass); the last: "
+                f"{record['reason']}; check the disk with python -m data_tools validate, then resume"
+            )
+
+
+class _Once:
+    """An iterator dressed as the sampler that DataLoader asks for."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        self._tasks = tasks
+
+    def __iter__(self) -> Iterator[Task]:
+        return self._tasks
+
+
+def _ignore_signals(worker: int) -> None:
+    """A cluster signals every process of a job: the trainer decides what follows, its workers keep reading."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,324 @@
+"""The only file that knows DeepSpeed: its config written out in full, one parameter group per component, one step.
+
+Nothing of what matters is left to a default (several changed in 2026); `Engine` checks them on the built engine.
+The loss is scaled here and nowhere else: the caller hands over sums divided by the step's *global* counts, and
+DeepSpeed's own division by the accumulation is switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from pivot.config import COMPONENTS, ConfigError, OptimConfig
+from pivot.distributed import World
+
+ONE_SUB_GROUP = 10**12  # ZeRO-3 steps a component in one piece, so that its norms are those of the whole component
+NEVER = 10**12
+MEASURE_CHUNK = 2**24  # elements; the norms of a step are taken without a second copy of the weights
+
+
+def build_deepspeed_config(settings: dict[str, Any], *, max_grad_norm: float, bf16: bool) -> dict[str, Any]:
+    """`ds_configs/*.json` plus what the run YAML owns, with no DeepSpeed default left that could change results."""
+    stage = settings["zero_optimization"].get("stage", 0)
+    if bf16 and stage == 0:
+        raise ConfigError(
+            "deepspeed: ZeRO stage 0 has no fp32 gradient accumulation for bf16 weights; "
+            "use ds_configs/zero1.json (on one rank it is the same arithmetic), or train.precision=fp32"
+        )
+    return settings | {
+        "train_micro_batch_size_per_gpu": 1,  # rows; their length is the plan's business
+        "gradient_accumulation_steps": 1,  # the plan owns it: see Engine.backward
+        "gradient_clipping": max_grad_norm,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"tag_validation": "Fail"},
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+    }
+
+
+@contextlib.contextmanager
+def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, transformers' from_pretrained partitions the weights over the ranks while it loads them."""
+    if config["zero_optimization"].get("stage", 0) != 3:
+        yield
+        return
+    alive = HfDeepSpeedConfig(config)  # transformers holds it weakly
+    try:
+        yield
+    finally:
+        del alive
+        unset_hf_deepspeed_config()
+
+
+def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """The full values of partitioned parameters on every rank; whole ones stay as they are."""
+    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")])
+
+
+class Engine:
+    """A DeepSpeed engine around `model`: `forward`, `backward`, `step`, `measure`, state in and out.
+
+    `model` has the children named in COMPONENTS; those in `optim.trained()` train, the others are frozen here.
+    `schedule(step, min_lr_ratio)` gives the factor on each component's rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        optim: OptimConfig,
+        schedule: Callable[[int, float], float],
+        world: World,
+    ) -> None:
+        self.model = model
+        self.world = world
+        self._optim = optim
+        self._schedule = schedule
+        self._meter = ComponentMeter(optim.name)
+        groups = _parameter_groups(model, optim)
+        optimizer = _build_optimizer(groups, optim, config)
+        optimizer.register_step_post_hook(self._meter.observe)
+        logging.getLogger("DeepSpeed").setLevel(os.environ.get("PIVOT_DEEPSPEED_LOG", "WARNING"))
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.stage = int(self._engine.zero_optimization_stage())
+        self._require_settings(config)
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Any) -> Tensor:
+        return self._engine(batch)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`, this rank's share of the step's mean; `last` marks the step's last micro-batch.
+
+        DeepSpeed averages over ranks, so the share is multiplied by their number: the step's gradient is the sum of
+        all shares, whatever the split into micro-batches and ranks.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self, step: int, *, measure: bool) -> dict[str, float]:
+        """Update the weights for optimizer step `step`; gives lr, and with `measure` the norms, per component."""
+        rates = self._set_rates(step)
+        self._meter.start(enabled=measure)
+        if self.stage == 0 and measure:
+            self._meter.observe_full_gradients(self._engine.optimizer.param_groups)
+        skipped = self._engine.skipped_steps
+        self._engine.step()
+        metrics = {f"lr/{name}": rate for name, rate in rates.items()}
+        if measure:
+            metrics |= self._meter.results(self.stage > 0, self._engine.get_global_grad_norm(), self.world)
+        metrics["skipped_steps"] = self._engine.skipped_steps - skipped
+        return metrics
+
+    def _set_rates(self, step: int) -> dict[str, float]:
+        """Write the rates of `step` into the groups: a function of the step alone, so a resume cannot lose it."""
+        rates = {}
+        for group in self._engine.optimizer.param_groups:
+            component = self._optim.component(group["component"])
+            group["lr"] = rates[group["component"]] = component.lr * self._schedule(step, component.min_lr_ratio)
+            group["weight_decay"] = component.weight_decay
+        return rates
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's share of weights and optimizer state below folder/tag; publishing it is the caller's."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, client_state={})
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore what `save` wrote; RuntimeError when DeepSpeed finds nothing (it only warns)."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise RuntimeError(f"{folder / tag}: DeepSpeed loaded nothing; the checkpoint is not one of this stage")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model on rank 0's CPU, one tensor at a time, tied ones once each; empty elsewhere. Collective."""
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            with gathered([parameter]):
+                if self.world.is_main:
+                    whole[name] = parameter.detach().to("cpu", copy=True)
+        if self.world.is_main:
+            persistent = self.model.state_dict(keep_vars=True)
+            whole |= {n: b.detach().to("cpu", copy=True) for n, b in persistent.items() if not _is_parameter(b)}
+        return whole
+
+    def checkpoint_bytes(self) -> int:
+        """About what `save` writes over all ranks: weights, and for trained ones fp32 masters and two moments."""
+        size = 0
+        for parameter in self.model.parameters():
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            size += numel * (parameter.element_size() + 12 * parameter.requires_grad)
+        return size
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """What the log's first row says about the engine."""
+        parameters = list(self.model.parameters())
+        return {
+            "zero_stage": self.stage,
+            "persistence_threshold": getattr(self._engine.optimizer, "_param_persistence_threshold", None)
+            if self.stage < 3
+            else int(self._engine.zero_param_persistence_threshold()),
+            "num_persistent_parameters": sum(bool(getattr(p, "ds_persist", False)) for p in parameters),
+            "num_partitioned_parameters": sum(hasattr(p, "ds_id") for p in parameters),
+            "deepspeed_optimizer": type(self._engine.optimizer).__name__,
+        }
+
+    def _require_settings(self, config: dict[str, Any]) -> None:
+        """The built engine must hold what was asked for; a silently dropped key would train something else."""
+        engine, zero = self._engine, config["zero_optimization"]
+        model_dtype, accumulation_dtype = engine.get_data_types()
+        held = {
+            "zero_optimization.stage": (self.stage, zero.get("stage", 0)),
+            "gradient_clipping": (engine.gradient_clipping(), config["gradient_clipping"]),
+            "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), 1),
+            "bf16.enabled": (model_dtype == torch.bfloat16, config["bf16"]["enabled"]),
+            "data_types.grad_accum_dtype": (accumulation_dtype, torch.float32),
+            "communication_data_type": (engine.communication_data_type, torch.float32),
+            "checkpoint.tag_validation": (engine.checkpoint_tag_validation_fail(), True),
+        }
+        if self.stage == 3:
+            held["zero_optimization.sub_group_size"] = (engine.zero_sub_group_size(), ONE_SUB_GROUP)
+            threshold = zero.get("stage3_param_persistence_threshold")
+            held["zero_optimization.stage3_param_persistence_threshold"] = (
+                int(engine.zero_param_persistence_threshold()),
+                threshold,
+            )
+        for key, (found, expected) in held.items():
+            if found != expected:
+                raise RuntimeError(f"DeepSpeed holds {key} = {found}, expected {expected}; write it in the JSON")
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """One group per trained component (an empty one would crash DeepSpeed's schedule); the others get no gradient."""
+    groups: list[dict[str, Any]] = []
+    for name in COMPONENTS:
+        parameters = list(model.get_submodule(name).parameters())
+        component = optim.component(name)
+        for parameter in parameters:
+            parameter.requires_grad_(component.lr is not None)
+        if component.lr is not None:
+            rate, decay = component.lr, component.weight_decay
+            groups.append({"params": parameters, "component": name, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def _build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0)
+    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload == "cpu":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, about a minute
+
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+    fused = torch.cuda.is_available() and groups[0]["params"][0].is_cuda
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+class ComponentMeter:
+    """Gradient norm and update ratio per component, read inside the optimizer's own step.
+
+    `observe` runs as the optimizer's post-step hook, where each group holds this rank's flat partition (ZeRO 1-3)
+    or the plain parameters (ZeRO 0). The update is worked out from the optimizer's state, chunk by chunk, so
+    no copy of the weights is made.
+    """
+
+    GRADIENT, UPDATE, WEIGHT = range(3)
+
+    def __init__(self, optimizer_name: str) -> None:
+        self._is_sgd = optimizer_name == "sgd"
+        self._enabled = False
+        self._squares: dict[str, Tensor] = {}
+        self._full_gradients: dict[str, Tensor] = {}
+
+    def start(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._squares, self._full_gradients = {}, {}
+
+    @torch.no_grad()
+    def observe_full_gradients(self, groups: list[dict[str, Any]]) -> None:
+        """ZeRO-0 only: the gradients before DeepSpeed clips them in place, which loses the factor."""
+        for group in groups:
+            squares = [p.grad.double().square().sum() for p in group["params"] if p.grad is not None]
+            self._full_gradients[group["component"]] = torch.stack(squares).sum().float()
+
+    @torch.no_grad()
+    def observe(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self._enabled:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    squares = self._squares_of(parameter, optimizer.state[parameter], group)
+                    name = group["component"]
+                    self._squares[name] = squares + self._squares[name] if name in self._squares else squares
+
+    def _squares_of(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """float64[3]: squared norms of the (clipped) gradient, of the update just made, of the weights."""
+        flat, grad = parameter.view(-1), parameter.grad.view(-1)  # type: ignore[union-attr]  # observe checked it
+        total = torch.zeros(3, dtype=torch.float64, device=flat.device)
+        for start in range(0, flat.numel(), MEASURE_CHUNK):
+            rows = slice(start, start + MEASURE_CHUNK)
+            weight, gradient = flat[rows].float(), grad[rows].float()
+            update = self._update(weight, gradient, state, group, rows)
+            parts = (gradient, update, weight)
+            total += torch.stack([part.square().sum(dtype=torch.float64) for part in parts])
+        return total
+
+    def _update(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], rows: slice) -> Tensor:
+        """w_new - w_old, from w_new: w_new = (1 - lr * decay) * w_old - lr * direction."""
+        lr, decay = group["lr"], group["weight_decay"]
+        if self._is_sgd:  # torch's SGD adds decay * w_old to the gradient: the same formula
+            direction = gradient
+        else:
+            beta1, beta2 = group["betas"]
+            step = float(state["step"])
+            first = state["exp_avg"].view(-1)[rows].float() / (1 - beta1**step)
+            second = state["exp_avg_sq"].view(-1)[rows].float() / (1 - beta2**step)
+            direction = first / (second.sqrt() + group["eps"])  # arxiv.org/abs/1711.05101, algorithm 2
+        return -lr * (direction + decay * weight) / (1 - lr * decay)
+
+    def results(self, partitioned: bool, total_norm: float | Tensor | None, world: World) -> dict[str, float]:
+        """grad_norm (before clipping), per component and in all, and update_ratio = |update| / |weights|."""
+        names = sorted(self._squares)
+        if not names:  # the step was skipped
+            return {"grad_norm": math.inf}
+        squares = torch.stack([self._squares[name] for name in names])
+        if partitioned:
+            torch.distributed.all_reduce(squares)
+        else:
+            squares[:, self.GRADIENT] = torch.stack([self._full_gradients[name] for name in names]).double()
+        gradient, update, weight = squares.sqrt().cpu().unbind(1)
+        clipped = float(gradient.square().sum().sqrt())
+        # DeepSpeed's norm is the one before clipping; the ratio of both is the factor to undo.
+        whole = clipped if not partitioned or total_norm is None else float(total_norm)
+        undo = whole / clipped if clipped > 0 else 1.0
+        metrics = {"grad_norm": whole}
+        for i, name in enumerate(names):
+            metrics[f"grad_norm/{name}"] = float(gradient[i]) * undo
+            metrics[f"update_ratio/{name}"] = float(update[i] / weight[i]) if weight[i] > 0 else 0.0
+        return metrics

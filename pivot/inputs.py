@@ -1,0 +1,110 @@
+"""What a run needs before it loads weights: settings resolved against the machine, data opened, steps planned."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pivot import distributed
+from pivot.batch import CHOSEN, REJECTED
+from pivot.config import COMPONENTS, Config, read_deepspeed_json
+from pivot.data.lengths import build_lengths, load_lengths
+from pivot.data.plan import Plan
+from pivot.data.shards import ShardSet
+from pivot.distributed import World
+from pivot.engine import build_deepspeed_config
+from pivot.models.build import Sources, settle_sources
+from pivot.processor import Processor, build_processor
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs to know before it loads weights."""
+
+    sources: Sources
+    processor: Processor
+    shards: ShardSet
+    cache_dir: Path
+    plan: Plan
+    total_steps: int
+    deepspeed: dict[str, Any]
+    dtype: torch.dtype
+
+
+def open_inputs(config: Config, world: World, say: Say) -> Inputs:
+    """Open and check everything but the weights. Collective: rank 0 counts tokens where no side-car has them."""
+    dtype = _settle_dtype(config.train.precision, world)
+    max_grad_norm = config.optim.max_grad_norm
+    settings = read_deepspeed_json(config.deepspeed)
+    deepspeed = build_deepspeed_config(settings, max_grad_norm=max_grad_norm, bf16=dtype == torch.bfloat16)
+    sources = settle_sources(config)
+    processor = build_processor(sources.model, config.data)
+    shards = ShardSet.open(config.data.train)
+    cache_dir = distributed.broadcast(_settle_cache_dir(config))
+    with distributed.shared_failure("counting tokens"):
+        if world.is_main:
+            build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"))
+    plan = build_plan(config, shards, processor, cache_dir, world)
+    distributed.require_equal("the data plan", plan.fingerprint)
+    steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
+    return Inputs(sources, processor, shards, cache_dir, plan, max(1, steps), deepspeed, dtype)
+
+
+def _settle_dtype(precision: str, world: World) -> torch.dtype:
+    if precision == "auto":
+        precision = "bf16" if world.device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def _settle_cache_dir(config: Config) -> Path:
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir)
+    beside = Path(config.data.train)
+    return beside if os.access(beside, os.W_OK) else Path(config.output_dir) / "cache"
+
+
+def build_plan(
+    config: Config, shards: ShardSet, processor: Processor, cache_dir: Path, world: World, **changes: Any
+) -> Plan:
+    """The run's plan; `changes` are arguments of Plan that another walk over the same pairs needs."""
+    settings: dict[str, Any] = {
+        "fingerprint": shards.fingerprint,
+        "shard_sizes": shards.shard_sizes,
+        "lengths": load_lengths(shards, processor, cache_dir),
+        "seed": config.train.seed,
+        "global_batch_size": config.train.global_batch_size,
+        "max_tokens": config.data.max_tokens,
+        "max_tokens_per_micro_batch": config.train.max_tokens_per_micro_batch,
+        "world_size": world.size,
+        "roles": (CHOSEN,) if config.objective.sft is not None else (CHOSEN, REJECTED),
+        "describe": shards.describe,
+    }
+    return Plan(**(settings | changes))
+
+
+def first_screen(config: Config, inputs: Inputs, world: World) -> str:
+    """What is about to run, in a few lines."""
+    plan = inputs.plan
+    excluded = ", ".join(f"{count} {reason}" for reason, count in plan.exclusions.items()) or "none"
+    rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
+    stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
+    geometry = inputs.processor.geometry
+    return "\n".join(
+        [
+            f"data       {config.data.train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
+            f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each",
+            f"steps      {inputs.total_steps} of {config.train.global_batch_size} pairs "
+            f"({inputs.total_steps / plan.steps_per_epoch:.2f} epochs)",
+            f"rates      {rates}",
+            f"ranks      {world.size} on {world.device.type}, ZeRO stage {stage}, {str(inputs.dtype).split('.')[1]}",
+            f"output     {config.output_dir}",
+        ]
+    )

@@ -1,0 +1,64 @@
+"""The language model: a stock *ForCausalLM of transformers, read strictly, refused where we would run it wrongly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pivot.geometry import read_config
+from pivot.models.loading import build_random, load_strictly
+
+KEY = "model.language_model.path"
+
+
+def build_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The *ForCausalLM of a folder or hub id, or one with random weights from a CONFIG.json."""
+    config = read_config(path, KEY)
+    check_text_config(config, path)
+    if path.endswith(".json"):
+        return build_random(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, dtype=dtype)
+    return load_strictly(AutoModelForCausalLM, path, f"{KEY}: {path}", config=config, dtype=dtype)
+
+
+def check_text_config(config: PretrainedConfig, path: str) -> None:
+    """Refuse what the prefix-tree attention or the scoring head does not compute, rather than train it wrongly."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{KEY}: '{path}' is a {config.model_type}; expected a causal language model (Qwen2, Llama)")
+    for trait, present in _unsupported_traits(config).items():
+        if present:
+            raise ValueError(
+                f"{KEY}: '{path}' ({config.model_type}) has {trait}, which the prefix-tree attention does not compute; "
+                "use a plain causal decoder such as Qwen2, Qwen2.5 or Llama"
+            )
+
+
+def _unsupported_traits(config: PretrainedConfig) -> dict[str, bool]:
+    def value(name: str) -> Any:
+        return getattr(config, name, None)
+
+    layer_types = set(value("layer_types") or ())
+    # Qwen2 carries a window that is off; Mistral's is on where it is not None and has no switch.
+    window = value("sliding_window") is not None and value("use_sliding_window") in (None, True)
+    return {
+        "sliding-window attention": "sliding_attention" in layer_types or (window and not layer_types),
+        f"layers of the kinds {sorted(layer_types)}": bool(layer_types - {"full_attention", "sliding_attention"}),
+        "attention soft-capping": value("attn_logit_softcapping") is not None,
+        "logit soft-capping": value("final_logit_softcapping") is not None,
+        "attention sinks": config.model_type.startswith("gpt_oss"),
+        "scaled logits": any(value(name) not in (None, 1, 1.0) for name in ("logit_scale", "logits_scaling")),
+    }
+
+
+def fit_vocabulary(language_model: PreTrainedModel, num_tokens: int) -> bool:
+    """Give the embeddings a row for each of the tokenizer's tokens; whether any had to be added.
+
+    Rows are padded to a multiple of 64. New ones are drawn afresh rather than from the others' mean and covariance,
+    which under ZeRO-3 would need the whole matrix on each rank.
+    """
+    config = language_model.config
+    if num_tokens <= config.vocab_size:
+        return False
+    language_model.resize_token_embeddings(num_tokens, mean_resizing=False, pad_to_multiple_of=64)
+    return True

@@ -1,0 +1,62 @@
+"""The multimodal LLM: images -> features -> a row of tokens in prefix trees -> log-probs of its targets.
+
+Letters as in `pivot.batch`: T tokens, I images, F image tokens, N targets; D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pivot.batch import PackedBatch
+from pivot.logprobs import LMHead
+from pivot.models.attention import TREE_ATTENTION
+
+
+class MLLM(nn.Module):
+    """Vision encoder + projector + causal language model, scored at the batch's targets.
+
+    `language_model` is a plain causal decoder of transformers (its `lm_head` is replaced by one that scores; its
+    attention by the tree's). The children carry the names of HF LLaVA, so that checkpoints map by eye.
+    """
+
+    def __init__(self, vision_tower: nn.Module, projector: nn.Module, language_model: Any) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.language_model = language_model
+        language_model.lm_head = LMHead.from_linear(language_model.lm_head)
+        language_model.set_attn_implementation(TREE_ATTENTION)
+        disable_dropout(self)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """float32[N]: the log-probability of each target. One call of each module, whatever the batch holds.
+
+        With no image the dummy's features go nowhere, but they stay in the graph: `index_copy` of nothing still
+        passes an exact zero back, so every rank runs the encoder's backward and ZeRO-3 finds a fresh gradient.
+        """
+        features = self.projector(self.vision_tower(batch.pixel_values)).flatten(0, 1)  # [I * features, D]
+        embeddings = self.language_model.get_input_embeddings()(batch.token_ids)  # [T, D]
+        chosen = features[batch.feature_index].to(embeddings.dtype)  # [F, D]
+        embeddings = embeddings.index_copy(0, batch.image_positions, chosen)
+        hidden = self.language_model.model(
+            inputs_embeds=embeddings[None],
+            position_ids=batch.position_ids[None],
+            segments=batch.segments,
+            use_cache=False,
+        ).last_hidden_state[0]  # [T, D]
+        return self.language_model.lm_head(hidden[batch.target_positions], batch.target_ids)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute blocks in backward. Never reentrant: that starves an encoder whose pixels carry no gradient."""
+        self.vision_tower.enable_activation_checkpointing()
+        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch dropout and drop-path off: a shared prompt must be one computation, and policy == reference at step 0."""
+    for module in model.modules():
+        for name in ("p", "drop_prob", "dropout", "attention_dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,380 @@
+"""The fact sheet that data and model share, built without weights: tokenizer, chat template, image geometry.
+
+`Processor.encode` gives the token ids of one sample, exactly those that the exported HF processor gives at inference.
+A conversation is rendered by the tokenizer's chat template and by nothing else. What users wrote never becomes a
+special token: `<image>` or `<|im_end|>` in their text stays text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import SecurityError, TemplateError
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+
+from pivot.config import DataConfig, ModelConfig
+from pivot.geometry import EncoderFacts, ImageGeometry, describe_vision_tower
+
+__all__ = ["EncodedPair", "ImageGeometry", "Processor", "build_processor"]
+
+LENGTH_CODE_VERSION = 1  # raise it when the same sample would get other token ids: side-cars are keyed by it
+IMAGE_TOKEN = "<image>"
+ROLES = ("system", "user", "assistant")
+
+# Most templates take a string as content. This prefix turns a content list into one, an image into "<image>\n", and
+# travels with the template into the export, so that stock transformers renders the same text.
+_FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set text = namespace(value='') -%}
+{%- if message['content'] is string -%}
+{%- set text.value = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- set text.value = text.value + ('<image>\n' if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [dict(message, content=text.value)] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+# Templates made for HF LLaVA walk over a list and render nothing for a string. They place the image themselves.
+_UNFLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set flat.messages = flat.messages + [dict(message, content=[{'type': 'text', 'text': message['content']}])] -%}
+{%- else -%}
+{%- set flat.messages = flat.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+_CHATML = """\
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of one sample."""
+
+    prompt: np.ndarray  # int64; each image is geometry.num_tokens copies of the image-token id
+    completions: dict[str, np.ndarray]  # role -> int64, the last one the end of the turn
+    num_images: int
+
+
+def build_processor(model: ModelConfig, data: DataConfig) -> Processor:
+    """The processor of a run; the tokenizer lies with the language model (beside it, for a bare CONFIG.json)."""
+    path = model.language_model.path
+    if path is None:
+        raise ValueError("model.language_model.path: absent; give a folder or a hub id that holds the tokenizer")
+    tokenizer = load_tokenizer(str(Path(path).parent) if Path(path).is_file() else path)
+    return Processor(
+        tokenizer,
+        describe_vision_tower(model.vision_tower),
+        cls=model.vision_tower.cls,
+        fit=data.image.fit,
+        chat_template=read_chat_template(data.chat_template),
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.language_model.path: no tokenizer that transformers knows at '{path}': {error}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"model.language_model.path: the tokenizer at '{path}' is a slow one ({type(tokenizer).__name__}); "
+            "expected one with a tokenizer.json"
+        )
+    return tokenizer
+
+
+def read_chat_template(value: str | None) -> str | None:
+    """`data.chat_template`: the text of a file, or Jinja given inline."""
+    if value is None or "{" in value:
+        return value
+    if not Path(value).is_file():
+        raise ValueError(f"data.chat_template: '{value}' is neither a file nor Jinja text (which would hold a '{{')")
+    return Path(value).read_text()
+
+
+class Processor:
+    """Tokenizer, chat template and image geometry.
+
+    `chat_template` replaces the tokenizer's own; a tokenizer without one gets ChatML. `<image>` (and ChatML's two
+    tokens) are added to the tokenizer where they are missing, so `len(tokenizer)` may grow past the embedding rows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: EncoderFacts,
+        *,
+        cls: str = "drop",
+        fit: str = "squash",
+        chat_template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.cls = cls
+        self.geometry = encoder.geometry(cls, fit)
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = _add_special_tokens(tokenizer, IMAGE_TOKEN)
+        self.chat_template = self._settle_template(chat_template)
+        self.tokenizer.chat_template = self.chat_template
+        self._special_tokens = tuple(sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special))
+        self.end_of_turn_id, self._adds_end_of_turn = self._find_end_of_turn()
+
+    def _settle_template(self, given: str | None) -> str:
+        if given is None and self.tokenizer.chat_template is None:
+            _add_special_tokens(self.tokenizer, *_CHATML_TOKENS)
+            given = _CHATML
+        template = given or self.tokenizer.get_chat_template()
+        if template.startswith((_FLATTEN, _UNFLATTEN)):  # our own export
+            return template
+        return (_FLATTEN if self._takes_strings(template) else _UNFLATTEN) + template
+
+    def _takes_strings(self, template: str) -> bool:
+        try:
+            return "probe" in self._render([{"role": "user", "content": "probe"}], template=template)
+        except ValueError:
+            return False
+
+    def _find_end_of_turn(self) -> tuple[int, bool]:
+        """The special token behind an assistant's text, and whether we must put it there (LLaVA-1.5's has none)."""
+        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "question"}]}]
+        text = self._render([*question, {"role": "assistant", "content": "probe"}])
+        if text.count(self.image_token) != 1 or "question" not in text or text.count("probe") != 1:
+            raise ValueError(
+                "chat template: a question with one image and its answer should be rendered with one "
+                f"{self.image_token} and both texts; found {text!r}; give another one in data.chat_template"
+            )
+        for token in self._encode_text(text.rpartition("probe")[2], {}):
+            if self.tokenizer.convert_ids_to_tokens(token) in self._special_tokens:
+                return token, False
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"chat template: no special token ends an assistant's turn in {text!r} and the tokenizer has no end of "
+                "text, so a model could not learn to stop; give another template in data.chat_template"
+            )
+        return self.tokenizer.eos_token_id, True
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that token ids and pixels depend on: tokenizer, template, image rule, version of this code."""
+        core = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        facts = {
+            "tokenizer": {k: v for k, v in core.items() if k not in ("truncation", "padding")},  # states, not facts
+            "chat_template": self.chat_template,
+            "image": asdict(self.geometry),
+            "image_token": self.image_token,
+            "version": LENGTH_CODE_VERSION,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, prompt: list[dict[str, Any]], completions: dict[str, list[dict[str, Any]]]) -> EncodedPair:
+        """Token ids of a prompt and of each completion (one assistant message); ValueError says what is wrong."""
+        prompt, num_images = _check_prompt(prompt)
+        answers = {role: _check_completion(role, messages) for role, messages in completions.items()}
+        escapes = self._choose_escapes([*prompt, *answers.values()])
+        messages = [_escape(message, escapes) for message in prompt]
+        text = self._render(messages, add_generation_prompt=True)
+        ids = self._encode_text(text, escapes)
+        if ids.count(self.image_token_id) != num_images:
+            raise ValueError(
+                f"the chat template rendered {ids.count(self.image_token_id)} {self.image_token} for a prompt with "
+                f"{num_images} images: {text!r}"
+            )
+        encoded = {}
+        for role, answer in answers.items():
+            full = self._render([*messages, _escape(answer, escapes)])
+            encoded[role] = np.asarray(self._completion_ids(text, ids, full, escapes), dtype=np.int64)
+        return EncodedPair(self._expand_images(ids), encoded, num_images)
+
+    def _completion_ids(self, prompt: str, prompt_ids: list[int], full: str, escapes: dict[str, str]) -> list[int]:
+        """What `full` has behind the prompt, up to the end of the turn.
+
+        The completion keeps the tokens it has in context (a SentencePiece tokenizer puts a space before a text of its
+        own). Where its first letters would melt into the prompt's last token it is tokenised alone, as generation,
+        which starts from the prompt's ids, would have it.
+        """
+        if not full.startswith(prompt):
+            raise ValueError(
+                "chat template: the rendered prompt is not the beginning of the rendered conversation, so the tokens "
+                f"to train on are not defined; give another one in data.chat_template. Prompt: {prompt!r}; "
+                f"conversation: {full!r}"
+            )
+        if self._adds_end_of_turn:
+            full = full.rstrip()  # a blank before what would be the next turn
+        ids = self._encode_text(full, escapes)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:
+            ids = self._encode_text(full[len(prompt) :], escapes)
+        if self._adds_end_of_turn:
+            return [*ids, self.end_of_turn_id]
+        if self.end_of_turn_id not in ids:
+            raise ValueError(f"chat template: no end of turn behind the completion {full[len(prompt) :]!r}")
+        return ids[: ids.index(self.end_of_turn_id) + 1]
+
+    def _expand_images(self, ids: list[int]) -> np.ndarray:
+        found = np.asarray(ids, dtype=np.int64)
+        return np.repeat(found, np.where(found == self.image_token_id, self.geometry.num_tokens, 1))
+
+    def _render(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, template: str | None = None
+    ) -> str:
+        # transformers renders in a sandbox; rendering a template ourselves would run whatever it holds.
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=template or self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except SecurityError:
+            raise
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"chat template: refused the roles {roles}: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _choose_escapes(self, messages: Iterable[dict[str, Any]]) -> dict[str, str]:
+        """Special tokens in what users wrote -> the private-use letter that stands for each while rendering."""
+        text = "".join(part.get("text", "") for message in messages for part in message["content"])
+        found = [token for token in self._special_tokens if token in text]
+        letters = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        # The longest first: of <a><b> and <a>, both special, the first must not be cut by the second.
+        return dict(zip(sorted(found, key=len, reverse=True), letters, strict=False))
+
+    def _encode_text(self, text: str, escapes: dict[str, str]) -> list[int]:
+        """Ids of rendered text; an escape letter stands for a special token's letters, which are encoded as text."""
+        plain = {letter: token for token, letter in escapes.items()}
+        ids: list[int] = []
+        start = 0
+        for end in [i for i, letter in enumerate(text) if letter in plain] + [len(text)] if plain else [len(text)]:
+            ids += self._encode_piece(text[start:end], as_text=False)
+            if end < len(text):
+                ids += self._encode_piece(plain[text[end]], as_text=True)
+            start = end + 1
+        return ids
+
+    def _encode_piece(self, text: str, *, as_text: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)["input_ids"] if text else []
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer and an HF LlavaProcessor that stock AutoProcessor loads, chat template included."""
+        from transformers import LlavaProcessor
+
+        keeps_all = self.cls == "keep" or not self.encoder.has_cls
+        LlavaProcessor(
+            image_processor=self.image_processor(),
+            tokenizer=self.tokenizer,
+            patch_size=self.encoder.patch_size,
+            vision_feature_select_strategy="full" if keeps_all else "default",
+            num_additional_image_tokens=int(self.encoder.has_cls),
+            image_token=self.image_token,
+            chat_template=self.chat_template,
+        ).save_pretrained(folder)
+
+    def image_processor(self) -> Any:
+        """The HF image processor that prepares an image as training does."""
+        from transformers import CLIPImageProcessor, LlavaImageProcessor
+
+        size, mean, std = self.geometry.size, list(self.geometry.mean), list(self.geometry.std)
+        square = {"height": size, "width": size}
+        common: dict[str, Any] = {"image_mean": mean, "image_std": std, "do_convert_rgb": True, "crop_size": square}
+        if self.geometry.fit == "squash":
+            return CLIPImageProcessor(size=square, do_center_crop=False, **common)
+        if self.geometry.fit == "crop":
+            return CLIPImageProcessor(size={"shortest_edge": size}, do_center_crop=True, **common)
+        return LlavaImageProcessor(size=square, do_pad=True, do_center_crop=False, **common)
+
+
+def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> int:
+    """Make each of `tokens` one special token; the id of the first."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    missing = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in special]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+    return tokenizer.added_tokens_encoder[tokens[0]]
+
+
+def _check_prompt(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """The messages with content as a list of parts, neighbouring texts joined, and the number of images."""
+    if not messages:
+        raise ValueError("prompt: found no message; expected at least one")
+    num_images = 0
+    checked = []
+    for message in messages:
+        parts = _parts(message, "prompt")
+        for part in parts:
+            if part["type"] == "image":
+                if part.get("image") != num_images:
+                    raise ValueError(
+                        f"prompt: found image {part.get('image')!r} where image {num_images} was expected; images are "
+                        "numbered 0, 1, ... in the order in which they are shown"
+                    )
+                num_images += 1
+        checked.append({"role": message["role"], "content": parts})
+    return checked, num_images
+
+
+def _check_completion(role: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(messages) != 1 or messages[0].get("role") != "assistant":
+        found = [message.get("role") for message in messages]
+        raise ValueError(f"{role}: found messages of {found}; expected exactly one, of the assistant")
+    parts = _parts(messages[0], role)
+    if any(part["type"] == "image" for part in parts):
+        raise ValueError(f"{role}: found an image; expected text alone")
+    return {"role": "assistant", "content": parts}
+
+
+def _parts(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where}: found role {role!r}, expected one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts: list[dict[str, Any]] = []
+    for found in content if isinstance(content, list) else [content]:
+        part: dict[str, Any] = found if isinstance(found, dict) else {}
+        kind = part.get("type")
+        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+            raise ValueError(f"{where}: found content {found!r}, expected a string or a list of text and image parts")
+        if kind == "text" and parts and parts[-1]["type"] == "text":  # a special token may be spread over two parts
+            parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+        else:
+            parts.append(part)
+    return parts
+
+
+def _escape(message: dict[str, Any], escapes: dict[str, str]) -> dict[str, Any]:
+    """The message with a letter in place of each special token that a user wrote."""
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "text":
+            text = part["text"]
+            for token, letter in escapes.items():
+                text = text.replace(token, letter)
+            part = {"type": "text", "text": text}
+        parts.append(part)
+    return {"role": message["role"], "content": parts}

@@ -1,0 +1,138 @@
+"""Reference log-probs: computed once, kept in side-cars beside the shards, never a resident reference model.
+
+`CACHE_DIR/ref/FINGERPRINT/SHARD.SHA256.npy` holds a record per sample, NaN where none was computed. The fingerprint
+covers weights, processor, image policy, precision and LOGPROB_VERSION, so one changed byte is a miss, and a set's
+references are shared by every run that starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pivot import distributed
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
+from pivot.data.loader import Loader
+from pivot.data.plan import Plan
+from pivot.data.shards import ShardSet
+from pivot.distributed import World
+
+LOGPROB_VERSION = 1  # raise it whenever the same weights and tokens would give other log-probs
+
+RECORD = np.dtype(
+    [("chosen_logp", "<f4"), ("rejected_logp", "<f4"), ("chosen_tokens", "<u4"), ("rejected_tokens", "<u4")]
+)
+ROLES = (CHOSEN, REJECTED)
+
+
+def reference_fingerprint(*, weights: str, processor: str, facts: dict[str, Any]) -> str:
+    """What the log-probs depend on besides the shard, which names itself by its own hash."""
+    parts = {"weights": weights, "processor": processor, "facts": facts, "logprob_version": LOGPROB_VERSION}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class ReferenceCache:
+    """The reference log-probs of one data set under one reference model."""
+
+    def __init__(self, cache_dir: str | Path, fingerprint: str, shards: ShardSet) -> None:
+        self.folder = Path(cache_dir) / "ref" / fingerprint[:16]
+        self._shards = shards
+        parts = [self._read(number) for number in range(len(shards.shards))]
+        self._records = np.concatenate(parts)
+
+    def _path(self, number: int) -> Path:
+        shard = self._shards.shards[number]
+        return self.folder / f"{shard.name}.{shard.sha256[:16]}.npy"
+
+    def _read(self, number: int) -> np.ndarray:
+        path, samples = self._path(number), self._shards.shards[number].samples
+        if not path.is_file():
+            empty = np.zeros(samples, dtype=RECORD)
+            empty["chosen_logp"] = empty["rejected_logp"] = np.nan
+            return empty
+        records = np.load(path, allow_pickle=False)
+        if records.dtype != RECORD or len(records) != samples:
+            raise ValueError(f"{path} holds {records.shape} of {records.dtype}, expected {samples} records; delete it")
+        return records
+
+    def first_missing(self, plan: Plan) -> int | None:
+        """The first step of `plan` (one with an end) that holds a sample without a value, or None."""
+        for step in range(plan.num_steps or 0):
+            if np.isnan(self._records["chosen_logp"][plan.step_ids(step)]).any():
+                return step
+        return None
+
+    def lookup(self, batch: PackedBatch) -> Tensor:
+        """float32[C] for a batch still on the host. Raises ValueError when a value is missing or not of these tokens."""
+        found = torch.zeros(batch.num_completions)
+        rows = batch.sample_index.numpy()
+        real = torch.from_numpy(rows != DUMMY_SAMPLE) & (batch.pair_weight() > 0)
+        records = self._records[rows]  # a dummy's -1 reads the last row, which `real` keeps out
+        for role in ROLES:
+            index = batch.by_role[role][real]
+            values = torch.from_numpy(records[f"{role}_logp"].copy())[real]
+            tokens = torch.from_numpy(records[f"{role}_tokens"].astype(np.int64))[real]
+            wrong = ~torch.isfinite(values) | (tokens != batch.completion_tokens[index])
+            if wrong.any():
+                row = int(rows[real.numpy()][int(wrong.nonzero()[0])])
+                raise ValueError(
+                    f"{self._shards.describe(row)}: {self.folder} holds no reference log-prob of this {role} "
+                    "completion (another template, or an unfinished cache); delete the folder, it is made anew"
+                )
+            found[index] = values
+        return found
+
+    def fill(self, loader: Loader, score: Callable[[PackedBatch], Tensor], world: World, say: Callable[[str], None]) -> None:
+        """Score every pair that `loader` gives, and write each shard as soon as it is whole. Collective.
+
+        `score` maps a batch to float32[C]. A run that was cut goes on with the first shard that is missing.
+        """
+        done, total = 0, loader.plan.num_pairs
+        for step_plan, micro_batches in loader:
+            own = np.concatenate([self._score(batch, score) for batch in micro_batches])
+            for part in distributed.gather(own):
+                self._records[part["row"]] = part["record"]
+            done += len(step_plan.ids)
+            if world.is_main:
+                self._write_finished(step_plan.ids, loader)
+            say(f"reference log-probs: {done} of {total} pairs")
+        torch.distributed.barrier()
+
+    @torch.no_grad()
+    def _score(self, batch: PackedBatch, score: Callable[[PackedBatch], Tensor]) -> np.ndarray:
+        logps = score(batch).float().cpu().numpy()
+        rows = batch.sample_index.numpy()
+        scored = np.zeros(len(rows), dtype=[("row", "<i8"), ("record", RECORD)])
+        scored["row"] = rows
+        for role in ROLES:
+            index = batch.by_role[role].numpy()
+            # A masked sample is done with, at infinity: NaN would keep its shard unfinished for ever.
+            scored["record"][f"{role}_logp"] = np.where(batch.pair_weight().numpy() > 0, logps[index], np.inf)
+            scored["record"][f"{role}_tokens"] = batch.completion_tokens.numpy()[index]
+        return scored[rows != DUMMY_SAMPLE]
+
+    def _write_finished(self, rows: np.ndarray, loader: Loader) -> None:
+        kept = loader.plan.kept
+        for number in sorted({self._shards.locate(int(row))[0] for row in rows}):
+            first = int(self._shards.first_rows[number])
+            span = slice(first, first + self._shards.shards[number].samples)
+            if not np.isnan(self._records["chosen_logp"][span][kept[span]]).any():
+                _write(self._path(number), self._records[span])
+
+
+def _write(path: Path, records: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.save(file, records, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

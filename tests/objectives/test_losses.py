@@ -1,0 +1,215 @@
+"""The losses against the papers' equations in float64, against TRL's own code, and against their derivatives."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pivot.objectives.losses import LOSSES, READ_BY, REFERENCE_FREE, LossOptions, NumTokens
+
+NUM_PAIRS = 64
+OPTIONS = LossOptions(beta=0.3, label_smoothing=0.15, simpo_gamma=0.7, bco_shift=0.4)
+
+
+def random_scores(seed: int = 0) -> tuple[list[torch.Tensor], NumTokens]:
+    """Summed log-probs of 1 to 300 tokens, the reference up to a few tens of nats away: both tails of a sigmoid."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 301, (2, NUM_PAIRS))
+    policy = -lengths * rng.exponential(1.0, (2, NUM_PAIRS))
+    reference = policy + rng.normal(0, 20, (2, NUM_PAIRS))
+    scores = [torch.tensor(values, dtype=torch.float32) for values in (*policy, *reference)]
+    return scores, NumTokens(*torch.from_numpy(lengths))
+
+
+def oracle(name: str, scores: list[torch.Tensor], num_tokens: NumTokens, o: LossOptions) -> np.ndarray:
+    """Each loss in float64 by the probability that its paper writes down, not by logsigmoid."""
+    pw, pl, rw, rl = (score.numpy().astype(np.float64) for score in scores)
+    nw, nl = (n.numpy().astype(np.float64) for n in num_tokens)
+
+    def nll(logit: np.ndarray) -> np.ndarray:  # -log(1 / (1 + exp(-logit)))
+        return np.logaddexp(0.0, -logit)
+
+    e = o.label_smoothing
+    h = pw - pl - (rw - rl)
+    return {
+        "sigmoid": lambda: nll(o.beta * h) * (1 - e) + nll(-o.beta * h) * e,
+        "robust": lambda: (nll(o.beta * h) * (1 - e) - nll(-o.beta * h) * e) / (1 - 2 * e),
+        "ipo": lambda: (h - 0.5 / o.beta) ** 2,
+        "hinge": lambda: np.maximum(0.0, 1.0 - o.beta * h),
+        "bco_pair": lambda: nll(o.beta * (pw - rw) - o.bco_shift) + nll(-(o.beta * (pl - rl) - o.bco_shift)),
+        "simpo": lambda: nll(o.beta / nw * pw - o.beta / nl * pl - o.simpo_gamma),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_equals_the_papers_equation(name):
+    """1e-4 relative: float32 log-probs of a few hundred nats carry 3e-5 of rounding into a margin of about one."""
+    for options in (LossOptions(), OPTIONS):
+        scores, num_tokens = random_scores()
+        found = LOSSES[name](*scores, num_tokens, options)
+        assert found.shape == (NUM_PAIRS,) and found.dtype == torch.float32
+        np.testing.assert_allclose(found, oracle(name, scores, num_tokens, options), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_equals_a_central_difference_of_the_oracle(name):
+    scores, num_tokens = random_scores(seed=1)
+    wanted = [score.double().requires_grad_() for score in scores]
+    LOSSES[name](*wanted, num_tokens, OPTIONS).sum().backward()
+    step = 1e-4
+    for i, score in enumerate(wanted):
+        up, down = ([s.double() + sign * step * (i == j) for j, s in enumerate(scores)] for sign in (1, -1))
+        slope = (oracle(name, up, num_tokens, OPTIONS) - oracle(name, down, num_tokens, OPTIONS)) / (2 * step)
+        gradient = torch.zeros(NUM_PAIRS) if score.grad is None else score.grad
+        near_kink = np.abs(oracle("hinge", scores, num_tokens, OPTIONS)) < 1e-3 if name == "hinge" else False
+        np.testing.assert_allclose(np.where(near_kink, slope, gradient), slope, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_descent_raises_chosen_and_lowers_rejected(name):
+    """At the reference every loss pushes the pair apart; a loss without a reference has no gradient to it."""
+    scores = [torch.tensor([-7.0, -3.0], requires_grad=True) for _ in range(4)]
+    num_tokens = NumTokens(torch.tensor([3, 2]), torch.tensor([3, 2]))
+    LOSSES[name](*scores, num_tokens, LossOptions(label_smoothing=0.1)).sum().backward()
+    policy_chosen, policy_rejected, ref_chosen, _ = (score.grad for score in scores)
+    assert (policy_chosen < 0).all() and (policy_rejected > 0).all()
+    assert (ref_chosen is None) == (name in REFERENCE_FREE)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_at_the_reference(name):
+    """sigmoid, robust: ln 2. ipo: (0 - 1 / 0.2)^2 = 25. hinge: 1 - 0 = 1. bco: 2 ln 2.
+
+    simpo, completions of equal log-prob and length: -log sigmoid(-0.5) = log(1 + e^0.5) = 0.974077.
+    """
+    scores = [torch.full((3,), -11.0)] * 4
+    num_tokens = NumTokens(torch.full((3,), 5), torch.full((3,), 5))
+    options = LossOptions(beta=0.1, label_smoothing=0.2 if name in READ_BY["label_smoothing"] else 0.0)
+    expected = {
+        "sigmoid": math.log(2),
+        "robust": math.log(2),
+        "ipo": 25.0,
+        "hinge": 1.0,
+        "bco_pair": 2 * math.log(2),
+        "simpo": 0.974077,
+    }[name]
+    torch.testing.assert_close(LOSSES[name](*scores, num_tokens, options), torch.full((3,), expected))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("distance", [1e4, -1e4])
+def test_stays_finite_far_away(name, distance):
+    """A margin of 2e4 nats: exp(2000) overflows where a loss is not written with care."""
+    chosen, rejected = (torch.tensor([sign * distance], requires_grad=True) for sign in (1, -1))
+    zero, one = torch.zeros(1), torch.ones(1, dtype=torch.int64)
+    loss = LOSSES[name](chosen, rejected, zero, zero, NumTokens(one, one), OPTIONS)
+    loss.sum().backward()
+    assert all(torch.isfinite(x).all() for x in (loss, chosen.grad, rejected.grad))
+
+
+def test_conservative_dpo_is_lowest_at_the_log_odds_of_the_labels():
+    """e = 0.2: d/dm of -(0.8 log s(m) + 0.2 log s(-m)) is s(m) - 0.8, zero at m = log(0.8 / 0.2)."""
+    margin = torch.tensor([math.log(4.0)], dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(1), torch.ones(1, dtype=torch.int64)
+    options = LossOptions(beta=1.0, label_smoothing=0.2)
+    LOSSES["sigmoid"](margin, zero, zero, zero, NumTokens(one, one), options).sum().backward()
+    assert abs(margin.grad.item()) < 1e-12
+
+
+def test_robust_loss_is_unbiased_under_flipped_labels():
+    """(1 - e) robust(w, l) + e robust(l, w) = clean loss of (w, l)."""
+    (pw, pl, rw, rl), num_tokens = random_scores(seed=2)
+    e = 0.2
+    options = LossOptions(label_smoothing=e)
+    observed = (1 - e) * LOSSES["robust"](pw, pl, rw, rl, num_tokens, options)
+    observed += e * LOSSES["robust"](pl, pw, rl, rw, NumTokens(*num_tokens[::-1]), options)
+    torch.testing.assert_close(
+        observed, LOSSES["sigmoid"](pw, pl, rw, rl, num_tokens, LossOptions()), rtol=1e-4, atol=1e-4
+    )
+
+
+def trl_loss(loss_types: dict[str, float], scores, lengths: NumTokens, beta: float, smoothing: float = 0.0):
+    """(loss, metrics) of TRL's DPOTrainer._compute_loss, run unchanged on a trainer without weights.
+
+    The model is a stand-in that returns the log-probs it is given; everything behind it is TRL's code.
+    """
+    trainer_module = pytest.importorskip("trl.trainer.dpo_trainer")
+    trainer = object.__new__(trainer_module.DPOTrainer)
+    trainer.__dict__ |= {
+        "model": SimpleNamespace(training=True),
+        "accelerator": SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        "_metrics": {"train": defaultdict(list)},
+        "loss_types": list(loss_types),
+        "loss_weights": list(loss_types.values()),
+        "beta": beta,
+        "label_smoothing": smoothing,
+        "f_divergence_type": "reverse_kl",
+        "ld_alpha": None,
+        "use_weighting": False,
+        "aux_loss_enabled": False,
+        "precompute_ref_logps": True,
+        "_total_train_tokens": 0,
+        "_tp_size": 1,
+    }
+    policy = torch.cat(scores[:2])
+    counts = torch.cat(list(lengths))
+    width = int(counts.max())
+    mask = torch.arange(width)[None, :] < counts[:, None]
+    per_token = torch.where(mask, (policy / counts)[:, None], 0.0)
+    completion_mask = torch.cat([torch.zeros(len(counts), 1, dtype=torch.int64), mask.long()], dim=1)  # a prompt token
+    zeros = torch.zeros_like(per_token)
+    outputs = SimpleNamespace(log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    inputs = {
+        "input_ids": torch.zeros_like(completion_mask),
+        "attention_mask": torch.ones_like(completion_mask),
+        "completion_mask": completion_mask,
+        "ref_chosen_logps": scores[2],
+        "ref_rejected_logps": scores[3],
+    }
+    loss = trainer._compute_loss(lambda **_: outputs, inputs, return_outputs=False)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "robust", "bco_pair"])
+def test_equals_trl(name):
+    """TRL's `sigmoid` knows no label smoothing, and its `bco_pair` no shift: compared without.
+
+    Measured 2e-6 relative; TRL sums the same log-probs token by token.
+    """
+    scores, lengths = random_scores(seed=3)
+    smoothing = 0.15 if name == "robust" else 0.0
+    options = LossOptions(beta=0.1, label_smoothing=smoothing)
+    ours = LOSSES[name](*scores, lengths, options).mean()
+    theirs, _ = trl_loss({name: 1.0}, scores, lengths, beta=0.1, smoothing=smoothing)
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+
+
+def test_ipo_is_the_papers_and_equals_trls_for_single_tokens():
+    """We differ on purpose: TRL divides log ratios by the completion's length, the paper's eq. 17 does not."""
+    scores, lengths = random_scores(seed=4)
+    single = NumTokens(torch.ones(NUM_PAIRS, dtype=torch.int64), torch.ones(NUM_PAIRS, dtype=torch.int64))
+    ours = LOSSES["ipo"](*scores, single, LossOptions(beta=0.1)).mean()
+    torch.testing.assert_close(ours, trl_loss({"ipo": 1.0}, scores, single, beta=0.1)[0], rtol=1e-5, atol=0)
+    assert not torch.isclose(ours, trl_loss({"ipo": 1.0}, scores, lengths, beta=0.1)[0], rtol=0.1)
+
+
+def test_simpo_equals_trls_cpo_trainer():
+    """TRL has SimPO in its CPO trainer, an experimental one, which is handed mean log-probs."""
+    trainer_module = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
+    scores, lengths = random_scores(seed=5)
+    stub = SimpleNamespace(
+        alpha=0.0,
+        beta=2.0,
+        simpo_gamma=0.7,
+        label_smoothing=0.0,
+        loss_type="simpo",
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    theirs, _, _ = trainer_module.CPOTrainer.cpo_loss(stub, scores[0] / lengths.chosen, scores[1] / lengths.rejected)
+    ours = LOSSES["simpo"](*scores, lengths, LossOptions(beta=2.0, simpo_gamma=0.7))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
