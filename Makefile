@@ -1,6 +1,6 @@
 # `make` lists the targets. Every target works in .venv, which it makes by itself; PYTHON=... uses another environment.
 .DEFAULT_GOAL := help
-SHELL := /bin/bash
+SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all check sft dpo require-config clean
@@ -55,7 +55,7 @@ require-config:
 	  echo 'CONFIG is absent: the demo without arguments comes with a later release; give CONFIG=run.yaml' >&2; exit 2; fi
 
 # torch and torchvision come first, together and unpinned: torchvision only imports beside the torch of its own release.
-# --quiet keeps the addresses of package mirrors out of logs.
+# -qq keeps the addresses of package mirrors out of logs.
 .venv/.installed: setup.py
 	@python=''; for candidate in python3 python3.13 python3.12 python3.11; do \
 	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
@@ -64,8 +64,8 @@ require-config:
 	  echo 'found no Python 3.11 to 3.13 on PATH; install one, or give PYTHON= of an environment to use' >&2; exit 2; fi; \
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv
 	@echo 'installing into .venv (a few minutes and about 6 GB the first time)'
-	@.venv/bin/python -m pip install --quiet torch torchvision
-	@.venv/bin/python -m pip install --quiet -e '.[test,check]'
+	@.venv/bin/python -m pip install -qq torch torchvision
+	@.venv/bin/python -m pip install -qq -e '.[test,check]'
 	@touch $@
 
 clean:  ## Remove caches; .venv and runs/ stay

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.records import Drop, Record
-from pivot.data.images import ImageError, decode_rgb, read_facts
+from pivot.data.images import ImageError, decode_rgb, image_extension
 from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -113,13 +113,13 @@ def _pack(record: Record, files: list[bytes]) -> Packed:
     images, image_members = [], []
     for number, (path, data) in enumerate(zip(record.images, files, strict=True)):
         try:
-            facts = read_facts(data)
-            decode_rgb(data)
+            extension = image_extension(data)
+            height, width = decode_rgb(data).shape[:2]  # upright, as the loader will see it
         except ImageError as error:
             raise Rejected("undecodable image", f"{path}: {error}") from error
-        member = facts.extension if len(files) == 1 else f"img{number}.{facts.extension}"
+        member = extension if len(files) == 1 else f"img{number}.{extension}"
         sha256 = hashlib.sha256(data).hexdigest()
-        images.append({"member": member, "w": facts.width, "h": facts.height, "sha256": sha256, "origin": path})
+        images.append({"member": member, "w": width, "h": height, "sha256": sha256, "origin": path})
         image_members.append((member, data))
     sample = {
         "v": SAMPLE_VERSION,

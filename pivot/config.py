@@ -57,6 +57,7 @@ class ImageConfig:
 @dataclass
 class DataConfig:
     train: str = MISSING  # a folder written by `python -m data_tools pack`
+    eval: str | None = None  # held-out pairs in the same form; None: no evaluation
     max_tokens: int = 2048  # image + prompt + longer completion; a longer pair is excluded and counted, never cut
     cache_dir: str | None = None  # side-cars (lengths, reference log-probs); None: beside the set, else output_dir
     chat_template: str | None = None  # a Jinja file or text; None: the tokenizer's own
@@ -133,6 +134,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    every_steps: int = 0  # 0: only at the end of the run
+    num_samples: int = 1000  # the first so many of data.eval in its fixed order
+    max_new_tokens: int = 32  # of a generated answer, for samples that carry one
+
+
+@dataclass
 class LogConfig:
     every_steps: int = 1
     tensorboard: bool = False  # write event files to output_dir/tensorboard
@@ -150,6 +158,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -289,6 +298,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.timeout_s": (1.0, float("inf")),
     "checkpoint.every_steps": (0, float("inf")),
     "checkpoint.keep": (2, float("inf")),  # with 1, the only one may be the one being written
+    "evaluate.every_steps": (0, float("inf")),
+    "evaluate.num_samples": (1, float("inf")),
+    "evaluate.max_new_tokens": (1, float("inf")),
     "log.every_steps": (1, float("inf")),
 }
 for _component in COMPONENTS:

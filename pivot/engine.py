@@ -133,6 +133,7 @@ class Engine:
         rates = {}
         for group in self._engine.optimizer.param_groups:
             component = self._optim.component(group["component"])
+            assert component.lr is not None  # frozen components have no group
             group["lr"] = rates[group["component"]] = component.lr * self._schedule(step, component.min_lr_ratio)
             group["weight_decay"] = component.weight_decay
         return rates
@@ -289,7 +290,9 @@ class ComponentMeter:
             total += torch.stack([part.square().sum(dtype=torch.float64) for part in parts])
         return total
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], rows: slice) -> Tensor:
+    def _update(
+        self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], rows: slice
+    ) -> Tensor:
         """w_new - w_old, from w_new: w_new = (1 - lr * decay) * w_old - lr * direction."""
         lr, decay = group["lr"], group["weight_decay"]
         if self._is_sgd:  # torch's SGD adds decay * w_old to the gradient: the same formula

@@ -20,6 +20,7 @@ from pivot.data.shards import ShardSet
 from pivot.distributed import World
 from pivot.engine import build_deepspeed_config
 from pivot.models.build import Sources, settle_sources
+from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
 
 Say = Callable[[str], None]
@@ -31,6 +32,7 @@ class Inputs:
 
     sources: Sources
     processor: Processor
+    objective: Objective
     shards: ShardSet
     cache_dir: Path
     plan: Plan
@@ -45,6 +47,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     max_grad_norm = config.optim.max_grad_norm
     settings = read_deepspeed_json(config.deepspeed)
     deepspeed = build_deepspeed_config(settings, max_grad_norm=max_grad_norm, bf16=dtype == torch.bfloat16)
+    objective = build_objective(config.objective)
     sources = settle_sources(config)
     processor = build_processor(sources.model, config.data)
     shards = ShardSet.open(config.data.train)
@@ -55,7 +58,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     plan = build_plan(config, shards, processor, cache_dir, world)
     distributed.require_equal("the data plan", plan.fingerprint)
     steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
-    return Inputs(sources, processor, shards, cache_dir, plan, max(1, steps), deepspeed, dtype)
+    return Inputs(sources, processor, objective, shards, cache_dir, plan, max(1, steps), deepspeed, dtype)
 
 
 def _settle_dtype(precision: str, world: World) -> torch.dtype:

@@ -36,7 +36,7 @@ class StepMetrics:
 
     def reduce(self) -> dict[str, float]:
         """The step's values, the same on every rank. Collective; the one place where the host waits for them."""
-        names = sorted(self._sums)
+        names = sorted(self._sums, key=lambda name: (name != "loss", name))  # the loss first, as a reader looks for it
         values = torch.stack([self._sums[name] for name in names]).double()
         torch.distributed.all_reduce(values)
         return dict(zip(names, values.tolist(), strict=True))
@@ -121,12 +121,15 @@ class RunLog:
     def _progress(self, step: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()
         first, when = self._clock = self._clock or (step, now)
-        eta = f"{_clock((now - when) / (step - first) * (self._total_steps - step))}" if step > first else "--:--"
+        eta = _clock((now - when) / (step - first) * (self._total_steps - step)) if step > first else "--:--"
         shown = ["loss", "rewards/accuracies", "rewards/margins", "grad_norm", "perf/pairs_per_s"]
         values = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
         line = f"step {step}/{self._total_steps}  {values}  left {eta}"
+        if self._file is None:
+            return
         # One line rewritten on a terminal, plain lines in a job's output file.
-        self.say(line) if not sys.stdout.isatty() or step == self._total_steps else print(f"\r{line}\033[K", end="")
+        rewrite = sys.stdout.isatty() and step < self._total_steps
+        print(f"\r{line}\033[K" if rewrite else line, end="" if rewrite else "\n", flush=True)
 
     def close(self) -> None:
         for sink in (self._file, self._board):

@@ -20,13 +20,13 @@ from jinja2.exceptions import SecurityError, TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from pivot.config import DataConfig, ModelConfig
+from pivot.conversation import check_completion, check_prompt, escape_text
 from pivot.geometry import EncoderFacts, ImageGeometry, describe_vision_tower
 
 __all__ = ["EncodedPair", "ImageGeometry", "Processor", "build_processor"]
 
 LENGTH_CODE_VERSION = 1  # raise it when the same sample would get other token ids: side-cars are keyed by it
 IMAGE_TOKEN = "<image>"
-ROLES = ("system", "user", "assistant")
 
 # Most templates take a string as content. This prefix turns a content list into one, an image into "<image>\n", and
 # travels with the template into the export, so that stock transformers renders the same text.
@@ -191,10 +191,10 @@ class Processor:
 
     def encode(self, prompt: list[dict[str, Any]], completions: dict[str, list[dict[str, Any]]]) -> EncodedPair:
         """Token ids of a prompt and of each completion (one assistant message); ValueError says what is wrong."""
-        prompt, num_images = _check_prompt(prompt)
-        answers = {role: _check_completion(role, messages) for role, messages in completions.items()}
+        prompt, num_images = check_prompt(prompt)
+        answers = {role: check_completion(role, messages) for role, messages in completions.items()}
         escapes = self._choose_escapes([*prompt, *answers.values()])
-        messages = [_escape(message, escapes) for message in prompt]
+        messages = [escape_text(message, escapes) for message in prompt]
         text = self._render(messages, add_generation_prompt=True)
         ids = self._encode_text(text, escapes)
         if ids.count(self.image_token_id) != num_images:
@@ -204,7 +204,7 @@ class Processor:
             )
         encoded = {}
         for role, answer in answers.items():
-            full = self._render([*messages, _escape(answer, escapes)])
+            full = self._render([*messages, escape_text(answer, escapes)])
             encoded[role] = np.asarray(self._completion_ids(text, ids, full, escapes), dtype=np.int64)
         return EncodedPair(self._expand_images(ids), encoded, num_images)
 
@@ -316,65 +316,3 @@ def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> int
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer.added_tokens_encoder[tokens[0]]
-
-
-def _check_prompt(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """The messages with content as a list of parts, neighbouring texts joined, and the number of images."""
-    if not messages:
-        raise ValueError("prompt: found no message; expected at least one")
-    num_images = 0
-    checked = []
-    for message in messages:
-        parts = _parts(message, "prompt")
-        for part in parts:
-            if part["type"] == "image":
-                if part.get("image") != num_images:
-                    raise ValueError(
-                        f"prompt: found image {part.get('image')!r} where image {num_images} was expected; images are "
-                        "numbered 0, 1, ... in the order in which they are shown"
-                    )
-                num_images += 1
-        checked.append({"role": message["role"], "content": parts})
-    return checked, num_images
-
-
-def _check_completion(role: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(messages) != 1 or messages[0].get("role") != "assistant":
-        found = [message.get("role") for message in messages]
-        raise ValueError(f"{role}: found messages of {found}; expected exactly one, of the assistant")
-    parts = _parts(messages[0], role)
-    if any(part["type"] == "image" for part in parts):
-        raise ValueError(f"{role}: found an image; expected text alone")
-    return {"role": "assistant", "content": parts}
-
-
-def _parts(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{where}: found role {role!r}, expected one of {', '.join(ROLES)}")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    parts: list[dict[str, Any]] = []
-    for found in content if isinstance(content, list) else [content]:
-        part: dict[str, Any] = found if isinstance(found, dict) else {}
-        kind = part.get("type")
-        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise ValueError(f"{where}: found content {found!r}, expected a string or a list of text and image parts")
-        if kind == "text" and parts and parts[-1]["type"] == "text":  # a special token may be spread over two parts
-            parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
-        else:
-            parts.append(part)
-    return parts
-
-
-def _escape(message: dict[str, Any], escapes: dict[str, str]) -> dict[str, Any]:
-    """The message with a letter in place of each special token that a user wrote."""
-    parts = []
-    for part in message["content"]:
-        if part["type"] == "text":
-            text = part["text"]
-            for token, letter in escapes.items():
-                text = text.replace(token, letter)
-            part = {"type": "text", "text": text}
-        parts.append(part)
-    return {"role": message["role"], "content": parts}

@@ -90,7 +90,9 @@ class ReferenceCache:
             found[index] = values
         return found
 
-    def fill(self, loader: Loader, score: Callable[[PackedBatch], Tensor], world: World, say: Callable[[str], None]) -> None:
+    def fill(
+        self, loader: Loader, score: Callable[[PackedBatch], Tensor], world: World, say: Callable[[str], None]
+    ) -> None:
         """Score every pair that `loader` gives, and write each shard as soon as it is whole. Collective.
 
         `score` maps a batch to float32[C]. A run that was cut goes on with the first shard that is missing.

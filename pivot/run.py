@@ -1,6 +1,6 @@
 """The run directory: who may write into it, whether a start goes on from what is there, and how a run ended.
 
-    config.yaml  log.jsonl  checkpoints/  export/  status
+config.yaml  log.jsonl  checkpoints/  export/  status
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _FREE_ON_RESUME = (
     "deepspeed",
     "log",
     "checkpoint",
+    "evaluate",
+    "data.eval",
     "data.train",  # the plan compares the data's fingerprint, so a set may move
     "data.workers",
     "data.cache_dir",
@@ -51,7 +53,9 @@ class RunFolder:
         if config.checkpoint.resume == "none" and inside:
             raise ConfigError(f"output_dir: {self.path} is not empty and checkpoint.resume is none; choose another")
         if inside and not config_file.is_file():
-            raise ConfigError(f"output_dir: {self.path} holds files but no config.yaml, so it is no run; choose another")
+            raise ConfigError(
+                f"output_dir: {self.path} holds files but no config.yaml, so it is no run; choose another"
+            )
         if config.checkpoint.resume == "required" and not (self.checkpoints / "latest").is_file():
             raise ConfigError(f"checkpoint.resume: required, but {self.checkpoints} holds no checkpoint to go on from")
         self.path.mkdir(parents=True, exist_ok=True)

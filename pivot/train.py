@@ -1,6 +1,6 @@
 """The one place where the parts meet: data and plan, model and engine, reference, checkpoint, self-check, steps, export.
 
-    train(load_config("run.yaml", ["optim.lr=1e-6"], "dpo"))
+train(load_config("run.yaml", ["optim.lr=1e-6"], "dpo"))
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ from pivot.inputs import Inputs, Say, build_plan, first_screen, open_inputs
 from pivot.metrics import RunLog, StepMetrics, Timer
 from pivot.models.attention import TREE_ATTENTION
 from pivot.models.build import Sources, build_mllm, settle_sources, weights_fingerprint
-from pivot.models.convert import to_llava_config, to_llava_state_dict, write_llava
+from pivot.models.convert import write_llava
 from pivot.models.mllm import MLLM
-from pivot.objectives import build_objective
-from pivot.processor import Processor
 from pivot.reference import ReferenceCache, reference_fingerprint
 from pivot.run import RunFolder
 from pivot.schedule import learning_rate_factor
@@ -84,7 +82,7 @@ class Trainer:
             folder.path, total_steps=inputs.total_steps, is_main=world.is_main, tensorboard=config.log.tensorboard
         )
         self.say: Say = self.log.say
-        self.objective = build_objective(config.objective)
+        self.objective = inputs.objective
         self.model = self._build_model(inputs.sources)
         self.engine = self._build_engine()
         self.reference = self._open_reference() if self.objective.needs_reference else None
@@ -222,7 +220,9 @@ class Trainer:
             self.masked += int(metrics.get("masked", 0))
             skipped = skipped + 1 if metrics["skipped_steps"] or not math.isfinite(metrics["loss"]) else 0
             if self.step % self.config.log.every_steps == 0 or self.step == total:
-                self.log.step(self.step, metrics | timer.read() | {"epoch": self.step / self.inputs.plan.steps_per_epoch})
+                self.log.step(
+                    self.step, metrics | timer.read() | {"epoch": self.step / self.inputs.plan.steps_per_epoch}
+                )
             if skipped >= MAX_SKIPPED_IN_A_ROW:
                 raise RuntimeError(f"{skipped} steps in a row had a loss or gradient that is not finite; see log.jsonl")
             stopping = distributed.any_rank(stop.received is not None, self.world.device)
@@ -251,7 +251,12 @@ class Trainer:
 
         In the run's first step every parameter must get a gradient, and with a `tolerance` every margin be zero.
         """
-        sums, waited, tokens, masked = StepMetrics(self.world, step_plan.counts), loader.data_wait_s, 0, loader.num_masked
+        sums, waited, tokens, masked = (
+            StepMetrics(self.world, step_plan.counts),
+            loader.data_wait_s,
+            0,
+            loader.num_masked,
+        )
         first = self.step == 0
         watch = GradientWatch(self.model) if first else None
         margins: list[Tensor] = []
@@ -335,7 +340,11 @@ class Trainer:
             "num_pairs": self.inputs.plan.num_pairs,
             "exclusions": self.inputs.plan.exclusions,
             "plan_fingerprint": self.inputs.plan.fingerprint,
-            "versions": {"pivot": pivot.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "pivot": pivot.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         }
         self.log.event("start", **(facts | self.engine.facts()))
 
@@ -344,16 +353,8 @@ class Trainer:
         state = self.engine.state_dict()
         with distributed.shared_failure("exporting"):
             if self.world.is_main:
-                export_llava(self.folder.export, self.model, state, self.inputs.processor)
+                write_llava(self.folder.export, self.model, state, self.inputs.processor)
                 self.say(f"exported   {self.folder.export}")
-
-
-def export_llava(folder: Path, model: MLLM, state: dict[str, Tensor], processor: Processor) -> None:
-    """Write `state`, the model's whole state dict, with what was set aside, as an HF LLaVA folder."""
-    llava_config = to_llava_config(model.vision_tower, model.projector, model.language_model, processor)
-    tied = bool(llava_config.tie_word_embeddings)
-    values = to_llava_state_dict(state, model.vision_tower.set_aside, tied=tied)
-    write_llava(folder, llava_config, values, processor, model.language_model.generation_config)
 
 
 def _margins(batch: PackedBatch, token_logps: Tensor, reference: Tensor) -> Tensor:

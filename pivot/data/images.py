@@ -7,7 +7,7 @@ third of the time.
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
@@ -28,21 +28,9 @@ class ImageError(ValueError):
     """An image file that cannot be decoded, or should not be."""
 
 
-class ImageFacts(NamedTuple):
-    """What the header of an image file says; width and height as displayed, after EXIF orientation."""
-
-    extension: str
-    width: int
-    height: int
-
-
-def read_facts(data: bytes) -> ImageFacts:
-    """The facts of an image file without decoding its pixels. Raises ImageError."""
-    image = _open(data)
-    width, height = image.size
-    if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # turned by a quarter
-        width, height = height, width
-    return ImageFacts(EXTENSION_OF_FORMAT[str(image.format)], width, height)
+def image_extension(data: bytes) -> str:
+    """The extension that a shard's member gets: what the file is, not what it is called. Raises ImageError."""
+    return EXTENSION_OF_FORMAT[str(_open(data).format)]
 
 
 def decode_rgb(data: bytes) -> np.ndarray:

@@ -166,11 +166,6 @@ class Plan:
         last = first + self.global_batch_size
         return self._order.rows(first, (last if self.limit is None else min(last, self.limit)) - first)
 
-    def step_ids_until_limit(self) -> np.ndarray:
-        """int64[limit]: the rows of all steps, one behind the other."""
-        assert self.limit is not None, "an endless stream"
-        return self._order.rows(0, self.limit)
-
     def step(self, step: int) -> StepPlan:
         """The step dealt to ranks by cost and cut into micro-batches, equally many on every rank."""
         ids = self.step_ids(step)

@@ -27,6 +27,7 @@ def load_strictly(model_class: Any, path: str, where: str, *, accepted: Iterable
             trust_remote_code=False,
             weights_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below with the tensor's name
             **settings,
         )
     except OSError as error:

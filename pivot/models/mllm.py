@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pivot.batch import PackedBatch
 from pivot.logprobs import LMHead
 from pivot.models.attention import TREE_ATTENTION
+from pivot.models.projector import Projector
+from pivot.models.vision import VisionTower
 
 
 class MLLM(nn.Module):
@@ -21,7 +23,11 @@ class MLLM(nn.Module):
     attention by the tree's). The children carry the names of HF LLaVA, so that checkpoints map by eye.
     """
 
-    def __init__(self, vision_tower: nn.Module, projector: nn.Module, language_model: Any) -> None:
+    vision_tower: VisionTower
+    projector: Projector
+    language_model: Any  # transformers' *ForCausalLM have no common type with .model and .lm_head
+
+    def __init__(self, vision_tower: VisionTower, projector: Projector, language_model: Any) -> None:
         super().__init__()
         self.vision_tower = vision_tower
         self.projector = projector

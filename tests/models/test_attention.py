@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.tiny import tiny_text_config
-from tests.trees import TREES, build_batch, random_segments, unroll
 from transformers import AutoModelForCausalLM
 
 from pivot.batch import Segments
 from pivot.models.attention import TREE_ATTENTION, tree_attention
+from tests.tiny import tiny_text_config
+from tests.trees import TREES, build_batch, random_segments, unroll
 
 
 def oracle_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, segments: Segments) -> np.ndarray:

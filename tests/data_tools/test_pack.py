@@ -1,0 +1,234 @@
+"""Laws of pack: the output depends on the input alone, an interrupted pack goes on, drops are counted and limited."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data_tools import pack as pack_module
+from data_tools.__main__ import main
+from data_tools.pack import PackOptions, pack
+from pivot.data.shards import INDEX_RECORD, ShardSet
+from tests.data.fakes import image_bytes, make_rows, make_set, write_rows
+from tests.data.test_shards import flip_bit
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_rows(tmp_path / "source", *make_rows(24))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_number_of_workers_changes_no_byte(source, tmp_path):
+    for workers in (1, 2):
+        pack(PackOptions(source=source, out=tmp_path / str(workers), workers=workers, samples_per_shard=5))
+    found = contents(tmp_path / "1")
+    assert found == contents(tmp_path / "2")
+    names = {f"{kind}/source-00000{i}.{end}" for i in range(5) for kind, end in (("shards", "tar"), ("index", "idx"))}
+    assert set(found) == names | {"manifest.json", "stats.json"}
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("row", [1, 9, 11, 23])
+def test_an_interrupted_pack_goes_on_and_ends_the_same(source, tmp_path, row):
+    options = PackOptions(source=source, out=tmp_path / "cut", samples_per_shard=5)
+    pack(PackOptions(source=source, out=tmp_path / "whole", samples_per_shard=5))
+
+    def stop(tally):
+        if tally.rows == row:
+            raise Cut
+
+    with pytest.raises(Cut):
+        pack(options, stop)
+    with pytest.raises(ValueError, match=r"no manifest.json \(pack did not finish\)"):
+        ShardSet.open(tmp_path / "cut")
+    seen = []
+    assert pack(options, lambda tally: seen.append(tally.rows)).complete
+    assert seen[0] == (row - 1) // 5 * 5 + 1  # it read on behind the last finished shard
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_complete_pack_is_left_alone(source, tmp_path):
+    options = PackOptions(source=source, out=tmp_path / "set")
+    first = pack(options)
+    before = contents(tmp_path / "set")
+    again = pack(options, lambda tally: pytest.fail("it packed again"))
+    assert again.shards == first.shards and again.tally == first.tally
+    assert contents(tmp_path / "set") == before
+
+
+def test_another_input_or_other_options_are_refused(source, tmp_path):
+    pack(PackOptions(source=source, out=tmp_path / "set"))
+    with pytest.raises(ValueError, match="other options .name was 'source', is 'other'"):
+        pack(PackOptions(source=source, out=tmp_path / "set", name="other"))
+    rows = json.loads(source.read_text())
+    source.write_text(json.dumps([*rows, rows[0] | {"chosen": "more"}]))
+    with pytest.raises(ValueError, match="the input has more rows now"):
+        pack(PackOptions(source=source, out=tmp_path / "set"))
+    source.write_text(json.dumps([rows[0] | {"chosen": "changed"}, *rows[1:]]))
+    with pytest.raises(ValueError, match="a pack of another input"):
+        pack(PackOptions(source=source, out=tmp_path / "set"))
+    with pytest.raises(ValueError, match="is not empty and holds no pack"):
+        pack(PackOptions(source=source, out=source.parent))
+
+
+def test_shards_are_cut_by_size(source, tmp_path):
+    result = pack(PackOptions(source=source, out=tmp_path / "set", bytes_per_shard=8000))
+    assert len(result.shards) > 3
+    assert all(shard.bytes <= 8000 + 10_240 for shard in result.shards)  # tar fills up to 10,240
+    assert result.num_samples == 24
+
+
+def test_the_index_says_what_the_samples_are(source, tmp_path):
+    pack(PackOptions(source=source, out=tmp_path / "set"))
+    opened = ShardSet.open(tmp_path / "set")
+    assert INDEX_RECORD.itemsize == 64 and len(opened.index) == 24
+    record = opened.index[1]
+    assert (record["n_images"], record["img_w"], record["img_h"], record["pixels"]) == (1, 12, 10, 120)
+    assert record["chars_chosen"] == len("yesyes1") and record["chars_rejected"] == len("nono1")
+    np.testing.assert_array_equal(opened.index["offset"][1:], np.cumsum(opened.index["span"])[:-1])
+
+
+def bad_rows():
+    rows, images = make_rows(8)
+    images["broken.png"] = image_bytes(50)[:80]
+    base = {"prompt": "What?", "chosen": "A", "rejected": "B"}
+    bad = [
+        base | {"image": "none.png"},
+        base | {"image": "../../outside.png"},
+        base | {"image": "https://example.org/a.png"},
+        base | {"chosen": ""},
+        base | {"rejected": "A"},
+        base | {"image": "broken.png"},
+        base | {"prompt": "<image><image>", "image": "1.png"},
+        rows[1] | {"id": "again"},
+    ]
+    return rows + bad, images
+
+
+REASONS = {
+    "missing image",
+    "path outside the roots",
+    "URL",
+    "zero-length completion",
+    "chosen equals rejected",
+    "undecodable image",
+    "image-token mismatch",
+    "duplicate",
+}
+
+
+def test_every_drop_is_counted_with_examples(tmp_path, capsys):
+    source = write_rows(tmp_path / "in" / "source", *bad_rows())
+    (tmp_path / "outside.png").write_bytes(image_bytes(60))
+    out = tmp_path / "set"
+    assert main(["pack", str(source), "--out", str(out), "--workers", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "8 of 16 rows were dropped (50.0%), more than --max-drop 0.01" in shown.err
+    assert not (out / "manifest.json").exists()
+    stats = json.loads((out / "stats.json").read_text())
+    assert stats["drops"] == dict.fromkeys(REASONS, 1) and stats["rows"] == 16 and stats["samples"] == 8
+    assert set(stats["examples"]) == REASONS
+    assert all(reason.split()[0] in shown.out for reason in REASONS)
+    # Every sample is packed already: a larger limit only writes the manifest.
+    assert main(["pack", str(source), "--out", str(out), "--workers", "1", "--max-drop", "0.5"]) == 0
+    assert ShardSet.open(out).manifest["drops"] == stats["drops"]
+    assert all(image_bytes(60) not in path.read_bytes() for path in (out / "shards").iterdir())
+
+
+def test_a_duplicate_of_a_finished_shard_is_known_after_a_resume(tmp_path):
+    rows, images = make_rows(10)
+    source = write_rows(tmp_path / "source", [*rows, rows[0]], images)
+    options = PackOptions(source=source, out=tmp_path / "set", samples_per_shard=3, max_drop=0.5)
+
+    def stop(tally):
+        if tally.rows == 9:
+            raise Cut
+
+    with pytest.raises(Cut):
+        pack(options, stop)
+    assert pack(options).tally.drops == {"duplicate": 1}
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    source = write_rows(tmp_path / "source", [{"prompt": "What?", "chosen": "A", "rejected": "A"}])
+    with pytest.raises(ValueError, match="no sample is left"):
+        pack(PackOptions(source=source, out=tmp_path / "set", max_drop=1.0))
+
+
+def test_sources_and_their_repeat_time_are_in_the_manifest(tmp_path):
+    folder = tmp_path / "mmpr"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "a.png").write_bytes(image_bytes(1))
+    row = {"image": "a.png", "question": "What?", "chosen": "A.", "rejected": "B."}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    meta = {"part": {"root": "images", "annotation": "rows.jsonl", "repeat_time": 2.5}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert main(["pack", str(folder), "--out", str(tmp_path / "set"), "--workers", "1"]) == 0
+    opened = ShardSet.open(tmp_path / "set")
+    assert opened.manifest["sources"] == {"part": {"samples": 1, "repeat_time": 2.5}}
+    assert opened.name == "mmpr"
+
+
+def test_both_layouts_give_equal_samples(tmp_path):
+    """The same pairs as MMPR and as LLaVA DPO: equal keys, and all but id, source and origin alike."""
+    (tmp_path / "images").mkdir()
+    rows = []
+    for i in range(4):
+        (tmp_path / "images" / f"{i}.png").write_bytes(image_bytes(i))
+        rows.append({"image": f"{i}.png", "question": f"What {i}?", "chosen": "A.", "rejected": "B."})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "meta.json").write_text(json.dumps({"a": {"root": "images", "annotation": "rows.jsonl"}}))
+    llava = [
+        {
+            "id": i,
+            "prompt": "<image>\n" + r["question"],
+            "chosen": "A.",
+            "rejected": "B.",
+            "image": "images/" + r["image"],
+        }
+        for i, r in enumerate(rows)
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(llava))
+    pack(PackOptions(source=tmp_path / "meta.json", out=tmp_path / "one"))
+    pack(PackOptions(source=tmp_path / "llava.json", out=tmp_path / "two"))
+    one, two = ShardSet.open(tmp_path / "one"), ShardSet.open(tmp_path / "two")
+    np.testing.assert_array_equal(one.index["key_hash"], two.index["key_hash"])
+    for row in range(4):
+        (left, left_files), (right, right_files) = one.read(row), two.read(row)
+        assert left_files == right_files
+        assert all(left[field] == right[field] for field in ("prompt", "chosen", "rejected", "kind"))
+
+
+def test_wrong_commands_end_with_2(source, tmp_path, capsys):
+    assert main(["pack", str(tmp_path / "nothing"), "--out", str(tmp_path / "set")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert main(["pack", str(source), "--out", str(tmp_path / "set"), "--name", "a.b"]) == 2
+    assert "letters, digits" in capsys.readouterr().err
+    assert main(["info", str(tmp_path)]) == 2
+
+
+def test_info_and_validate(tmp_path, capsys):
+    packed = make_set(tmp_path)
+    assert main(["info", str(packed.folder)]) == 0
+    assert packed.fingerprint[:16] in capsys.readouterr().out
+    assert main(["validate", str(packed.folder)]) == 0
+    flip_bit(packed, 6)
+    assert main(["validate", str(packed.folder)]) == 1
+    shown = capsys.readouterr().err
+    assert "tiny-000001.tar: sha256 differs" in shown and "(row 6): crc32 differs" in shown
+
+
+def test_a_bounded_number_of_records_is_under_way():
+    """Two workers: at most 3 chunks each wait while the first result is taken."""
+    taken = []
+    results = pack_module.ordered_map(abs, (taken.append(i) or -i for i in range(1000)), workers=2)
+    assert next(results) == (0, 0)
+    assert len(taken) == 6 * pack_module.CHUNK
+    assert [result for _, result in results] == list(range(1, 1000))

@@ -1,0 +1,249 @@
+"""What the ranks run: engines of every ZeRO stage over hand-made micro-batches; numbers go to files, not to asserts."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from pivot import logprobs
+from pivot.batch import PackedBatch
+from pivot.config import (
+    REPOSITORY,
+    ComponentOptimConfig,
+    Config,
+    DPOConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    read_deepspeed_json,
+)
+from pivot.counts import StepCounts
+from pivot.distributed import World
+from pivot.engine import Engine, build_deepspeed_config, gathered, sharded_loading
+from pivot.models.build import build_mllm, settle_sources
+from pivot.models.mllm import MLLM
+from pivot.objectives import build_objective
+from pivot.processor import build_processor
+from tests.trees import build_batch, random_segments
+
+RATES = {"vision_tower": 0.02, "projector": 0.05, "language_model": 0.03}
+ADAM_RATES = {"vision_tower": 2e-4, "projector": 1e-3, "language_model": 5e-4}
+IMAGE_TOKENS = 16
+
+
+def world() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+def optim_config(name: str = "sgd", frozen: tuple[str, ...] = (), **changes: Any) -> OptimConfig:
+    rates = RATES if name == "sgd" else ADAM_RATES
+    components = {
+        component: ComponentOptimConfig(lr=None if component in frozen else rate, weight_decay=0.0)
+        for component, rate in rates.items()
+    }
+    return OptimConfig(name=name, max_grad_norm=changes.pop("max_grad_norm", 1.0), **components, **changes)
+
+
+def build(
+    llava: Path, stage: int | str, optim: OptimConfig, *, bf16: bool = False, checkpointing: bool = False
+) -> tuple[Engine, int]:
+    """An engine around the LLaVA of a folder, as train.py builds it; and the image-token id."""
+    name = f"zero{stage}.json"
+    settings = build_deepspeed_config(
+        read_deepspeed_json(str(REPOSITORY / "ds_configs" / name)), max_grad_norm=optim.max_grad_norm, bf16=bf16
+    )
+    config = Config(output_dir="unused", init_from=str(llava))
+    sources = settle_sources(config)
+    processor = build_processor(sources.model, config.data)
+    model = build_mllm(
+        sources,
+        processor,
+        seed=0,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        loading=lambda: sharded_loading(settings),
+        gather=gathered,
+    ).train()
+    if checkpointing:
+        model.enable_activation_checkpointing()
+    return Engine(model, settings, optim, lambda step, floor: 1.0, world()), processor.image_token_id
+
+
+def pair(seed: int, image_token_id: int, *, with_image: bool) -> PackedBatch:
+    """A preference pair of its own lengths; the prompt holds an image or does not."""
+    lengths = [4 + seed % 3, 3 + seed % 5, 2 + seed % 4]
+    prompt, chosen, rejected = random_segments(lengths, seed=seed)
+    if with_image:
+        prompt = [image_token_id] * IMAGE_TOKENS + prompt
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    if not with_image:
+        pixels = torch.zeros_like(pixels)
+    return build_batch([prompt, chosen, rejected], [-1, 0, 0], image_token_id=image_token_id, pixel_values=pixels)
+
+
+def merge(batches: list[PackedBatch], image_token_id: int) -> PackedBatch:
+    """Several pairs in one row, as a larger budget packs them."""
+    token_ids: list[list[int]] = []
+    parents: list[int] = []
+    for batch in batches:
+        first = len(parents)
+        for i in range(len(batch.segments)):
+            span = slice(int(batch.segments.start[i]), int(batch.segments.end[i]))
+            token_ids.append(batch.token_ids[span].tolist())
+            parent = int(batch.segments.parent[i])
+            parents.append(parent if parent < 0 else parent + first)
+    images = [b.pixel_values for b in batches if len(b.image_positions)] or [batches[0].pixel_values]
+    return build_batch(token_ids, parents, image_token_id=image_token_id, pixel_values=torch.cat(images))
+
+
+def run_step(
+    engine: Engine, rows: list[PackedBatch], num_pairs: int, step: int, *, update: bool = True
+) -> dict[str, float]:
+    """One step of DPO against a fixed reference (a function of the completion's place), over this rank's rows."""
+    objective = build_objective(ObjectiveConfig(dpo=DPOConfig()))
+    counts = StepCounts(pair=num_pairs, chosen_token=1, target_token=1)
+    for number, row in enumerate(rows):
+        reference = -5.0 * row.completion_tokens.float()
+        outcome = objective(engine(row), row, reference)
+        loss = sum(weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values())
+        engine.backward(loss, last=number == len(rows) - 1)
+    return engine.step(step, measure=True) if update else {}
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    return engine.state_dict()
+
+
+def save(folder: Path, name: str, values: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        torch.save(values, folder / f"{name}-{dist.get_world_size()}.pt")
+
+
+def _mine(pairs: list[PackedBatch], micro_batches: int, image_token_id: int) -> list[PackedBatch]:
+    """This rank's share of the step's pairs, cut into `micro_batches` rows."""
+    own = pairs[dist.get_rank() :: dist.get_world_size()]
+    return [merge(own[i::micro_batches], image_token_id) for i in range(micro_batches)]
+
+
+# -- scenarios -----------------------------------------------------------------------------------------------------
+
+NUM_PAIRS = 8
+
+
+def zero_stages(folder: Path) -> None:
+    """Five steps for each stage, optimizer, and tied or untied embeddings: weights and measured norms."""
+    for tied in (False, True):
+        for name in ("sgd", "adamw"):
+            for stage in (0, 1, 2, 3):
+                engine, image = build(folder / f"llava-{'tied' if tied else 'untied'}", stage, optim_config(name))
+                metrics = []
+                for step in range(5):
+                    pairs = [pair(100 * step + i, image, with_image=i % 3 != 1) for i in range(NUM_PAIRS)]
+                    metrics.append(run_step(engine, _mine(pairs, 2, image), NUM_PAIRS, step))
+                case = f"stage{stage}-{name}-{'tied' if tied else 'untied'}"
+                save(folder, case, {"weights": weights(engine), "metrics": metrics, "facts": engine.facts()})
+
+
+def gradients(folder: Path) -> None:
+    """The gradient of one global batch, cut in many ways; also with other chunk counts in the head on each rank."""
+    for stage in (0, 1, 2, 3):
+        engine, image = build(folder / "llava-tied", stage, optim_config("sgd"))
+        pairs = [pair(i, image, with_image=i % 3 != 1) for i in range(NUM_PAIRS)]
+        for micro_batches, chunk in ((1, None), (2, None), (4, None), (1, 400)):
+            logprobs.CHUNK_LOGITS = chunk * (1 + 3 * dist.get_rank()) if chunk else 2**25
+            run_step(engine, _mine(pairs, micro_batches, image), NUM_PAIRS, 0, update=False)
+            found = {}
+            for parameter_name, parameter in engine.model.named_parameters():
+                grad = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
+                found[parameter_name] = grad.detach().clone()
+            save(folder, f"gradient-stage{stage}-{micro_batches}-{chunk}", found)
+            _drop_gradients(engine, stage)
+    logprobs.CHUNK_LOGITS = 2**25
+
+
+def _drop_gradients(engine: Engine, stage: int) -> None:
+    """End the step at a rate of zero: the weights stay, the gradients go."""
+    for group in engine._engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    engine._engine.step()
+
+
+def image_patterns(folder: Path) -> None:
+    """Steps with images on both ranks, on one, on none, and in either place of the accumulation."""
+    patterns = [  # [step][rank][micro-batch]: does the row hold an image
+        [[True, False], [True, True]],
+        [[False, False], [False, False]],
+        [[True, False], [False, False]],
+        [[False, True], [True, False]],
+        [[False, False], [False, False]],
+    ]
+    for name in ("sgd", "adamw"):
+        for stage in (0, 2, 3):
+            engine, image = build(folder / "llava-untied", stage, optim_config(name))
+            towers = [_tower(engine)]
+            for step, pattern in enumerate(patterns):
+                flat = [flag for rank in pattern for flag in rank]  # the same four pairs on one rank or on two
+                share = len(flat) // dist.get_world_size()
+                first = dist.get_rank() * share
+                rows = [pair(10 * step + i, image, with_image=flat[i]) for i in range(first, first + share)]
+                run_step(engine, rows, len(flat), step)
+                towers.append(_tower(engine))
+            save(folder, f"pattern-stage{stage}-{name}", {"towers": towers, "weights": weights(engine)})
+
+
+def _tower(engine: Engine) -> dict[str, Tensor]:
+    return {name: value for name, value in engine.state_dict().items() if name.startswith("vision_tower.")}
+
+
+def freezing(folder: Path) -> None:
+    """Each component frozen, and all but one, with activation checkpointing on and off."""
+    components = ("vision_tower", "projector", "language_model")
+    for checkpointing in (False, True):
+        for frozen in [(c,) for c in components] + [tuple(o for o in components if o != c) for c in components]:
+            optim = optim_config("adamw", frozen)
+            engine, image = build(folder / "llava-untied", 3, optim, checkpointing=checkpointing)
+            before, received = weights(engine), _watch_gradients(engine)
+            pairs = [pair(i, image, with_image=True) for i in range(4)]
+            run_step(engine, _mine(pairs, 1, image), 4, 0)
+            after = weights(engine)
+            trainable = [name for name, p in engine.model.named_parameters() if p.requires_grad]
+            case = {"before": before, "after": after, "received": received, "trainable": trainable, "frozen": frozen}
+            save(folder, f"frozen-{'+'.join(frozen)}-{checkpointing}", case)
+
+
+def _watch_gradients(engine: Engine) -> set[str]:
+    """A set that fills with the names of the parameters that get a gradient."""
+    received: set[str] = set()
+    for name, parameter in engine.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad, name=name: received.add(name))
+    return received
+
+
+def mixed_precision(folder: Path) -> None:
+    """bf16 weights on ZeRO 1 to 3: the same step, close to fp32's."""
+    for stage, bf16 in ((0, False), (1, True), (2, True), (3, True)):
+        engine, image = build(folder / "llava-tied", stage, optim_config("adamw"), bf16=bf16)
+        pairs = [pair(i, image, with_image=i != 1) for i in range(4)]
+        metrics = [run_step(engine, _mine(pairs, 2, image), 4, step) for step in range(3)]
+        save(folder, f"bf16-stage{stage}", {"metrics": metrics, "facts": engine.facts()})
+
+
+def build_plain(llava: Path) -> tuple[MLLM, int]:
+    """The model alone, in this process, without an engine."""
+    config = Config(output_dir="unused", init_from=str(llava))
+    sources = settle_sources(config)
+    processor = build_processor(sources.model, config.data)
+    model = build_mllm(
+        sources,
+        processor,
+        seed=0,
+        dtype=torch.float32,
+        loading=contextlib.nullcontext,
+        gather=lambda _: contextlib.nullcontext(),
+    )
+    return model.train(), processor.image_token_id
