@@ -1,133 +1,107 @@
-"""python -m data_tools COMMAND: pack a data set into shards, look at one, check one.
+"""python -m data_tools COMMAND: turn preference data into shards, look at it, check it, cut and draw from it.
 
-Exit code 0: done; 1: the data is not good enough (too many rows dropped, damage found); 2: the command is wrong.
+Exit code 0: done; 1: the data is not good enough (too many rows dropped, damage found, twins that differ); 2: the
+command or its input is wrong; 3: the machine failed (disk full, file unreadable), run the same command again: it
+resumes; 130: interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import importlib
 import os
 import sys
-import time
-from pathlib import Path
+from typing import NoReturn
 
-from rich.console import Console
-from rich.table import Table
+from data_tools.console import Output
 
-from data_tools.pack import PackOptions, PackResult, Tally, pack
-from data_tools.readers import READERS
-from data_tools.validate import describe, validate
-
-REPORT_EVERY_S = 10.0
+# Each has a module in data_tools/commands: add_arguments(parser) and run(options, output) -> exit code.
+COMMANDS = {
+    "demo": "draw the demo world: captions, questions, preference pairs, a tiny model",
+    "pack": "turn a data set into shards; run again, it resumes",
+    "validate": "read and decode everything once",
+    "info": "what a packed data set holds",
+    "preview": "look at it: a contact sheet (PNG) or one HTML page with the answers' difference marked",
+    "lengths": "count tokens, and say what share of the pairs is over which limit",
+    "split": "set apart pairs for evaluation; an image never lies on both sides",
+    "sample": "draw a part: uniformly or by MMPR's repeat_time, with filters",
+    "reshard": "the same samples in shards of another size, shuffled if you like; several sets become one",
+    "exclude": "a list of the damaged samples that runs met, for data.exclude",
+    "simulate": "which ids each rank would see at each step",
+    "twins": "whether two runs see the same ids at every step",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments).parse_args(arguments)
+    output = Output(as_json=options.json, loudness=0 if options.quiet else 1 + options.verbose)
     try:
-        return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return options.run(options, output)
+    except (BrokenPipeError, KeyboardInterrupt) as error:
+        return _stopped(error)
+    except OSError as error:
+        output.error(_machine_text(error, options))
+        return 3
+    except ValueError as error:
+        output.error(str(error))
         return 2
-    except KeyboardInterrupt:
+    except RuntimeError as error:  # DamagedSample among them
+        output.error(str(error))
+        return 1
+
+
+def _stopped(error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError):  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools", description=__doc__)
+def _machine_text(error: OSError, options: argparse.Namespace) -> str:
+    out = getattr(options, "out", None)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"the disk of {out}" if out else "the disk"
+        return f"no space is left on {where}; what is finished stays. Free some and run the same command: it goes on"
+    return f"{error} ({type(error).__name__})"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """Only the module of the command that is asked for is loaded: some bring torch or matplotlib with them."""
+    parser = _Parser(prog="python -m data_tools", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("pack", help="turn a data set into shards; run again, it resumes")
-    command.set_defaults(run=_run_pack)
-    command.add_argument("source", type=Path, metavar="SRC", help="MMPR folder or meta.json; LLaVA DPO JSON or JSONL")
-    command.add_argument("--out", type=Path, required=True, help="folder to write")
-    command.add_argument("--image-root", type=Path, action="append", default=[], help="where image paths count from")
-    command.add_argument("--allow-root", type=Path, action="append", default=[], help="links may lead below it")
-    command.add_argument("--name", help="of the data set; by default that of SRC")
-    command.add_argument("--format", choices=["auto", *READERS], default="auto")
-    command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode")
-    command.add_argument("--max-drop", type=float, default=0.01, help="largest share of rows to drop (%(default)s)")
-    command = commands.add_parser("info", help="what a packed data set holds")
-    command.set_defaults(run=_run_info)
-    command.add_argument("folder", type=Path, metavar="DIR")
-    command = commands.add_parser("validate", help="read and decode everything once")
-    command.set_defaults(run=_run_validate)
-    command.add_argument("folder", type=Path, metavar="DIR")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in arguments:
+            module = importlib.import_module(f"data_tools.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+        _add_shared(command)
     return parser
 
 
-def _run_pack(options: argparse.Namespace) -> int:
-    reporter = _Reporter()
-    result = pack(
-        PackOptions(
-            source=options.source,
-            out=options.out,
-            name=options.name,
-            format=options.format,
-            image_roots=tuple(options.image_root),
-            allow_roots=tuple(options.allow_root),
-            workers=options.workers,
-            max_drop=options.max_drop,
-        ),
-        reporter,
-    )
-    _print_result(result)
-    if result.complete:
-        print(f"{options.out}: {result.num_samples} samples in {len(result.shards)} shards")
-        return 0
-    print(
-        f"error: {result.tally.num_dropped} of {result.tally.rows} rows were dropped ({result.tally.drop_ratio:.1%}), "
-        f"more than --max-drop {options.max_drop:g}; no manifest was written. Mend the input and choose another --out, "
-        "or run again with a larger --max-drop: it resumes",
-        file=sys.stderr,
-    )
-    return 1
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("all commands")
+    group.add_argument("--dry-run", action="store_true", help="read and check, say what would be written, write nothing")
+    group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    group.add_argument("--workers", type=_count, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    loudness = group.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    loudness.add_argument("-v", "--verbose", action="count", default=0, help="say more")
 
 
-class _Reporter:
-    """A line with rate and drops: rewritten in a terminal, a new one now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._started = self._last = time.monotonic()
-        self._first_row: int | None = None
-
-    def __call__(self, tally: Tally) -> None:
-        now = time.monotonic()
-        if self._first_row is None:
-            self._first_row = tally.rows - 1
-        if now - self._last >= (0.5 if self._terminal else REPORT_EVERY_S):
-            self._last = now
-            rate = (tally.rows - self._first_row) / (now - self._started)
-            text = f"{tally.rows} rows, {rate:.0f} rows/s, {tally.num_dropped} dropped"
-            print(text, file=sys.stderr, end="\r" if self._terminal else "\n", flush=True)
-
-
-def _print_result(result: PackResult) -> None:
-    tally = result.tally
-    table = Table("rows", "count", "examples")
-    table.add_row("read", str(tally.rows), "")
-    table.add_row("kept", str(result.num_samples), "")
-    for reason, count in sorted(tally.drops.items()):
-        examples = "\n".join(f"{example['id']}: {example['detail']}" for example in tally.examples[reason])
-        table.add_row(reason, str(count), examples)
-    Console(markup=False).print(table)
-
-
-def _run_info(options: argparse.Namespace) -> int:
-    table = Table("field", "value")
-    table.columns[1].overflow = "fold"
-    for field, value in describe(options.folder).items():
-        table.add_row(field, value)
-    Console(markup=False).print(table)
-    return 0
-
-
-def _run_validate(options: argparse.Namespace) -> int:
-    num_samples, problems = validate(options.folder)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    print(f"{options.folder}: {num_samples} samples read, {len(problems)} problems")
-    return 1 if problems else 0
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a number of processes, found {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ def _pack(record: Record, files: list[bytes]) -> Packed:
 
 def content_key(sample: Sample) -> str:
     """16 hex digits over what a sample teaches: conversation and image bytes, not where it comes from."""
-    content = [sample["prompt"], sample["chosen"], sample["rejected"], [image["sha256"] for image in sample["images"]]]
+    texts = [sample["prompt"], sample["chosen"], sample.get("rejected")]
+    content = [*texts, [image["sha256"] for image in sample["images"]]]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

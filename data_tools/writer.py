@@ -102,5 +102,5 @@ def _index_record(packed: Packed, offset: int, span: int) -> np.ndarray:
     record["img_h"] = min(max((image["h"] for image in images), default=0), U16)
     record["pixels"] = min(sum(image["w"] * image["h"] for image in images), U32)
     for field in ("prompt", "chosen", "rejected"):
-        record[f"chars_{field}"] = min(len(message_text(packed.sample[field])), U32)
+        record[f"chars_{field}"] = min(len(message_text(packed.sample.get(field) or [])), U32)
     return record

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pivot.config import COMPONENTS, ConfigError, OptimConfig
-from pivot.distributed import World
+from pivot.distributed import World, any_rank
 
 ONE_SUB_GROUP = 10**12  # ZeRO-3 steps a component in one piece, so that its norms are those of the whole component
 NEVER = 10**12
+WHOLE_WEIGHTS_SHARE = 0.5  # of a GPU's free memory that `Engine.whole_weights` may take
+WHOLE_WEIGHTS_ON_CPU = 4 * 2**30  # bytes a rank
 MEASURE_CHUNK = 2**24  # elements; the norms of a step are taken without a second copy of the weights
 
 
@@ -161,6 +163,33 @@ class Engine:
             persistent = self.model.state_dict(keep_vars=True)
             whole |= {n: b.detach().to("cpu", copy=True) for n, b in persistent.items() if not _is_parameter(b)}
         return whole
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[bool]:
+        """Let every rank run `model` on its own, as often as it likes, where the weights fit. Collective at both ends.
+
+        ZeRO-3 would gather each weight again for each forward, that is for each token of an answer. Gives False where
+        the weights stay partitioned and all ranks must go on running equally many forwards.
+        """
+        parameters = list(self.model.parameters())
+        if self.stage < 3 or not self._fits_whole(parameters):
+            yield self.stage < 3
+            return
+        offload = self._engine.optimizer.parameter_offload
+        with gathered(parameters):
+            offload._remove_module_hooks()  # they would let go of each weight behind the module that used it
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield True
+            finally:
+                offload.setup_zero_stage3_hooks()
+
+    def _fits_whole(self, parameters: list[nn.Parameter]) -> bool:
+        size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
+        room: float = WHOLE_WEIGHTS_ON_CPU
+        if self.world.device.type == "cuda":
+            room = WHOLE_WEIGHTS_SHARE * torch.cuda.mem_get_info(self.world.device)[0]
+        return not any_rank(size > room, self.world.device)
 
     def checkpoint_bytes(self) -> int:
         """About what `save` writes over all ranks: weights, and for trained ones fp32 masters and two moments."""

@@ -126,10 +126,16 @@ def read_vision_config(path: str) -> PretrainedConfig:
 
 def _read_preprocessor(path: str) -> dict[str, Any]:
     """The image processor's settings beside the weights, {} where there are none."""
+    if Path(path).is_file():  # a bare configuration: what lies beside it may be another model's
+        return {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if Path(path).is_file():  # a bare configuration: what lies beside it may be another model's
-            return {}
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        # Neither must exist, and offline a hub cache may not know whether it does.
+        found = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         settings = json.loads(Path(found).read_text()) if found else {}
         settings = settings.get("image_processor", settings)
         if "image_mean" in settings:

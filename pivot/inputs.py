@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet
 from pivot.distributed import World
 from pivot.engine import build_deepspeed_config
+from pivot.evaluate.held_out import HeldOut, open_held_out
 from pivot.models.build import Sources, settle_sources
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
@@ -31,11 +32,13 @@ class Inputs:
     """What a run needs to know before it loads weights."""
 
     sources: Sources
+    reference: Sources  # of the reference model's weights: by default those that the run starts from
     processor: Processor
     objective: Objective
     shards: ShardSet
     cache_dir: Path
     plan: Plan
+    held_out: HeldOut | None  # of data.eval
     total_steps: int
     deepspeed: dict[str, Any]
     dtype: torch.dtype
@@ -49,16 +52,37 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     deepspeed = build_deepspeed_config(settings, max_grad_norm=max_grad_norm, bf16=dtype == torch.bfloat16)
     objective = build_objective(config.objective)
     sources = settle_sources(config)
+    folder = config.objective.dpo.reference if config.objective.dpo is not None else None
+    reference = sources if folder is None else settle_sources(replace(config, init_from=folder, init_parts=None))
     processor = build_processor(sources.model, config.data)
     shards = ShardSet.open(config.data.train)
-    cache_dir = distributed.broadcast(_settle_cache_dir(config))
+    cache_dir = distributed.broadcast(_settle_cache_dir(config, config.data.train))
     with distributed.shared_failure("counting tokens"):
         if world.is_main:
             build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"))
     plan = build_plan(config, shards, processor, cache_dir, world)
     distributed.require_equal("the data plan", plan.fingerprint)
     steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
-    return Inputs(sources, processor, objective, shards, cache_dir, plan, max(1, steps), deepspeed, dtype)
+    held_out = _open_held_out(config, processor, objective, world, say)
+    return Inputs(sources, reference, processor, objective, shards, cache_dir, plan, held_out, max(1, steps), deepspeed, dtype)
+
+
+def _open_held_out(
+    config: Config, processor: Processor, objective: Objective, world: World, say: Say
+) -> HeldOut | None:
+    if config.data.eval is None:
+        return None
+    return open_held_out(
+        config.data.eval,
+        processor,
+        world,
+        roles=objective.roles,
+        cache_dir=distributed.broadcast(_settle_cache_dir(config, config.data.eval)),
+        num_samples=config.evaluate.num_samples,
+        max_tokens=config.data.max_tokens,
+        max_tokens_per_micro_batch=config.train.max_tokens_per_micro_batch,
+        say=say,
+    )
 
 
 def _settle_dtype(precision: str, world: World) -> torch.dtype:
@@ -67,10 +91,10 @@ def _settle_dtype(precision: str, world: World) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _settle_cache_dir(config: Config) -> Path:
+def _settle_cache_dir(config: Config, data: str) -> Path:
     if config.data.cache_dir is not None:
         return Path(config.data.cache_dir)
-    beside = Path(config.data.train)
+    beside = Path(data)
     return beside if os.access(beside, os.W_OK) else Path(config.output_dir) / "cache"
 
 
@@ -100,9 +124,13 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
     stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
     geometry = inputs.processor.geometry
+    held_out = "none (data.eval is absent)"
+    if inputs.held_out is not None:
+        held_out = f"{config.data.eval}: {inputs.held_out.num_pairs} samples, {len(inputs.held_out.questions)} answers"
     return "\n".join(
         [
             f"data       {config.data.train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
+            f"held out   {held_out}",
             f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each",
             f"steps      {inputs.total_steps} of {config.train.global_batch_size} pairs "
             f"({inputs.total_steps / plan.steps_per_epoch:.2f} epochs)",

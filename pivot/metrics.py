@@ -113,6 +113,14 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
         self._progress(step, metrics)
 
+    def evaluation(self, step: int, metrics: dict[str, float], **facts: Any) -> None:
+        """A row {"event": "eval"}: the held-out numbers after `step` steps, and what else there is to say of them."""
+        values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._write({"event": "eval", "step": step} | values | facts)
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
     def _write(self, row: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")

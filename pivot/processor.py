@@ -29,7 +29,8 @@ LENGTH_CODE_VERSION = 1  # raise it when the same sample would get other token i
 IMAGE_TOKEN = "<image>"
 
 # Most templates take a string as content. This prefix turns a content list into one, an image into "<image>\n", and
-# travels with the template into the export, so that stock transformers renders the same text.
+# travels with the template into the export, so that stock transformers renders the same text. Its last line ends in
+# `%}` and a newline, which transformers' trim_blocks takes away: the template then starts as it did at line one.
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -43,7 +44,7 @@ _FLATTEN = """\
 {%- endif -%}
 {%- set flat.messages = flat.messages + [dict(message, content=text.value)] -%}
 {%- endfor -%}
-{%- set messages = flat.messages -%}
+{%- set messages = flat.messages %}
 """
 # Templates made for HF LLaVA walk over a list and render nothing for a string. They place the image themselves.
 _UNFLATTEN = """\
@@ -55,7 +56,7 @@ _UNFLATTEN = """\
 {%- set flat.messages = flat.messages + [message] -%}
 {%- endif -%}
 {%- endfor -%}
-{%- set messages = flat.messages -%}
+{%- set messages = flat.messages %}
 """
 _CHATML = """\
 {{- bos_token or '' -}}
@@ -64,6 +65,7 @@ _CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
+_QUESTION, _PROBE = "which-shape", "pentagram"  # texts no template holds, to find out what one does with ours
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
@@ -147,26 +149,31 @@ class Processor:
             _add_special_tokens(self.tokenizer, *_CHATML_TOKENS)
             given = _CHATML
         template = given or self.tokenizer.get_chat_template()
+        if "strftime_now" in template:  # Llama 3.2's
+            raise ValueError(
+                "chat template: it writes today's date into the prompt, so token ids and reference log-probs would "
+                "change over night; copy it to a file, write a fixed date there, and set data.chat_template to it"
+            )
         if template.startswith((_FLATTEN, _UNFLATTEN)):  # our own export
             return template
         return (_FLATTEN if self._takes_strings(template) else _UNFLATTEN) + template
 
     def _takes_strings(self, template: str) -> bool:
         try:
-            return "probe" in self._render([{"role": "user", "content": "probe"}], template=template)
+            return _PROBE in self._render([{"role": "user", "content": _PROBE}], template=template)
         except ValueError:
             return False
 
     def _find_end_of_turn(self) -> tuple[int, bool]:
         """The special token behind an assistant's text, and whether we must put it there (LLaVA-1.5's has none)."""
-        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "question"}]}]
-        text = self._render([*question, {"role": "assistant", "content": "probe"}])
-        if text.count(self.image_token) != 1 or "question" not in text or text.count("probe") != 1:
+        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
+        text = self._render([*question, {"role": "assistant", "content": _PROBE}])
+        if [text.count(part) for part in (self.image_token, _QUESTION, _PROBE)] != [1, 1, 1]:
             raise ValueError(
                 "chat template: a question with one image and its answer should be rendered with one "
                 f"{self.image_token} and both texts; found {text!r}; give another one in data.chat_template"
             )
-        for token in self._encode_text(text.rpartition("probe")[2], {}):
+        for token in self._encode_text(text.rpartition(_PROBE)[2], {}):
             if self.tokenizer.convert_ids_to_tokens(token) in self._special_tokens:
                 return token, False
         if self.tokenizer.eos_token_id is None:
@@ -261,7 +268,8 @@ class Processor:
         """Special tokens in what users wrote -> the private-use letter that stands for each while rendering."""
         text = "".join(part.get("text", "") for message in messages for part in message["content"])
         found = [token for token in self._special_tokens if token in text]
-        letters = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        taken = text + self.chat_template
+        letters = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken)
         # The longest first: of <a><b> and <a>, both special, the first must not be cut by the second.
         return dict(zip(sorted(found, key=len, reverse=True), letters, strict=False))
 

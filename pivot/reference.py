@@ -71,7 +71,7 @@ class ReferenceCache:
         return None
 
     def lookup(self, batch: PackedBatch) -> Tensor:
-        """float32[C] for a batch still on the host. Raises ValueError when a value is missing or not of these tokens."""
+        """float32[C] for a batch on the host. Raises ValueError when a value is missing or not of these tokens."""
         found = torch.zeros(batch.num_completions)
         rows = batch.sample_index.numpy()
         real = torch.from_numpy(rows != DUMMY_SAMPLE) & (batch.pair_weight() > 0)
@@ -95,9 +95,10 @@ class ReferenceCache:
     ) -> None:
         """Score every pair that `loader` gives, and write each shard as soon as it is whole. Collective.
 
-        `score` maps a batch to float32[C]. A run that was cut goes on with the first shard that is missing.
+        `score` maps a batch to float32[C]. A run that was cut goes on with the first shard that is missing. A plan that
+        visits a part of the set leaves shards with values for that part.
         """
-        done, total = 0, loader.plan.num_pairs
+        done, total = 0, loader.plan.limit or loader.plan.num_pairs
         for step_plan, micro_batches in loader:
             own = np.concatenate([self._score(batch, score) for batch in micro_batches])
             for part in distributed.gather(own):
@@ -106,6 +107,8 @@ class ReferenceCache:
             if world.is_main:
                 self._write_finished(step_plan.ids, loader)
             say(f"reference log-probs: {done} of {total} pairs")
+        if world.is_main:
+            self._write_unfinished(loader.plan)
         torch.distributed.barrier()
 
     @torch.no_grad()
@@ -127,6 +130,14 @@ class ReferenceCache:
             first = int(self._shards.first_rows[number])
             span = slice(first, first + self._shards.shards[number].samples)
             if not np.isnan(self._records["chosen_logp"][span][kept[span]]).any():
+                _write(self._path(number), self._records[span])
+
+    def _write_unfinished(self, plan: Plan) -> None:
+        for number, shard in enumerate(self._shards.shards):
+            first = int(self._shards.first_rows[number])
+            span = slice(first, first + shard.samples)
+            empty = np.isnan(self._records["chosen_logp"][span])
+            if not empty.all() and empty[plan.kept[span]].any():
                 _write(self._path(number), self._records[span])
 
 

@@ -1,4 +1,4 @@
-"""The one place where the parts meet: data and plan, model and engine, reference, checkpoint, self-check, steps, export.
+"""The one place where the parts meet: data, model, engine, reference, checkpoints, self-check, steps, export.
 
 train(load_config("run.yaml", ["optim.lr=1e-6"], "dpo"))
 """
@@ -6,16 +6,15 @@ train(load_config("run.yaml", ["optim.lr=1e-6"], "dpo"))
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import pivot
@@ -24,12 +23,14 @@ from pivot.batch import CHOSEN, REJECTED, PackedBatch
 from pivot.config import COMPONENTS, Config, ConfigError
 from pivot.data.loader import Loader
 from pivot.data.plan import Plan, StepPlan
+from pivot.data.shards import ShardSet
 from pivot.distributed import StopSignal, World
 from pivot.engine import Engine, gathered, sharded_loading
+from pivot.evaluate import evaluator
 from pivot.inputs import Inputs, Say, build_plan, first_screen, open_inputs
 from pivot.metrics import RunLog, StepMetrics, Timer
 from pivot.models.attention import TREE_ATTENTION
-from pivot.models.build import Sources, build_mllm, settle_sources, weights_fingerprint
+from pivot.models.build import Sources, build_mllm, weights_fingerprint
 from pivot.models.convert import write_llava
 from pivot.models.mllm import MLLM
 from pivot.reference import ReferenceCache, reference_fingerprint
@@ -37,11 +38,12 @@ from pivot.run import RunFolder
 from pivot.schedule import learning_rate_factor
 from pivot.selfcheck import FP32_MARGIN, REPACKED_PAIRS, REPACKING_FACTOR, GradientWatch, require_zero_margins
 
+VERSIONS = ("torch", "transformers", "deepspeed", "open_clip_torch", "webdataset")  # that the log names
 MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
 
 
 def train(config: Config, *, check_only: bool = False) -> None:
-    """Run `config` to its end, going on from its own checkpoint where there is one; collective over the launcher's ranks.
+    """Run `config` to its end, going on from its own checkpoint where there is one. Collective.
 
     With `check_only`, settings and data are checked and shown and no weight is loaded. Raises ValueError for what the
     user can mend, RuntimeError for what the machine did.
@@ -85,7 +87,7 @@ class Trainer:
         self.objective = inputs.objective
         self.model = self._build_model(inputs.sources)
         self.engine = self._build_engine()
-        self.reference = self._open_reference() if self.objective.needs_reference else None
+        self.reference, self.held_out_reference = self._open_references()
         self.step, self.masked = self._restore()
 
     def _build_model(self, sources: Sources) -> MLLM:
@@ -113,25 +115,31 @@ class Trainer:
 
     # -- reference ---------------------------------------------------------------------------------------------
 
-    def _open_reference(self) -> ReferenceCache:
-        """The cache of reference log-probs, made now where it is not whole. The engine still holds the first weights."""
-        dpo, inputs = self.config.objective.dpo, self.inputs
-        assert dpo is not None
-        sources = inputs.sources
-        if dpo.reference is not None:
-            sources = settle_sources(dataclasses.replace(self.config, init_from=dpo.reference, init_parts=None))
+    def _open_references(self) -> tuple[ReferenceCache | None, ReferenceCache | None]:
+        """Of the training and of the held-out set, as far as they are needed."""
+        inputs, held_out = self.inputs, self.inputs.held_out
+        if not self.objective.needs_reference:
+            return None, None
+        plan = self._plan(limit=inputs.plan.num_pairs, window_shards=1, roles=(CHOSEN, REJECTED))
+        train = self._open_reference(inputs.shards, inputs.cache_dir, plan)
+        if held_out is None:
+            return train, None
+        return train, self._open_reference(held_out.shards, held_out.cache_dir, held_out.plan)
+
+    def _open_reference(self, shards: ShardSet, cache_dir: Path, plan: Plan) -> ReferenceCache:
+        """The cache of reference log-probs, completed now: the engine still holds the weights the run starts from."""
+        inputs, sources = self.inputs, self.inputs.reference
         fingerprint = reference_fingerprint(
             weights=distributed.broadcast(weights_fingerprint(sources, seed=self.config.train.seed)),
             processor=inputs.processor.fingerprint,
             facts={"dtype": str(inputs.dtype), "attention": TREE_ATTENTION},
         )
-        cache = ReferenceCache(inputs.cache_dir, fingerprint, inputs.shards)
-        plan = self._plan(limit=inputs.plan.num_pairs, window_shards=1, roles=(CHOSEN, REJECTED))
+        cache = ReferenceCache(cache_dir, fingerprint, shards)
         missing = distributed.broadcast(cache.first_missing(plan))
         if missing is not None:
             started = time.monotonic()
-            score = self._score if dpo.reference is None else self._build_scorer(sources)
-            loader = self._loader(plan, first_step=missing)
+            score = self._score if sources is inputs.sources else self._build_scorer(sources)
+            loader = self._loader(plan, shards=shards, first_step=missing)
             cache.fill(loader, score, self.world, self.say)
             self.say(f"reference log-probs are in {cache.folder} ({time.monotonic() - started:.0f} s, once)")
         return cache
@@ -212,6 +220,8 @@ class Trainer:
         self._log_start()
         stop = StopSignal()
         tolerance = self._margin_tolerance() if self.step == 0 else None
+        if self.step == 0:
+            self._evaluate()
         timer, skipped = Timer(self.world), 0
         loader = self._loader(self.inputs.plan, first_step=self.step, bad_samples_dir=self.folder.path)
         for step_plan, micro_batches in loader if self.step < total else ():
@@ -234,6 +244,10 @@ class Trainer:
                 return "preempted"
             if self.step == total:
                 break
+            if self.config.evaluate.every_steps and self.step % self.config.evaluate.every_steps == 0:
+                self._evaluate()
+                timer.read()  # the rates are those of training
+        self._evaluate()
         self._export()
         self.log.event("end", step=self.step)
         self.log.close()
@@ -310,9 +324,16 @@ class Trainer:
             self.config, self.inputs.shards, self.inputs.processor, self.inputs.cache_dir, self.world, **changes
         )
 
-    def _loader(self, plan: Plan, *, first_step: int = 0, bad_samples_dir: Path | None = None) -> Loader:
+    def _loader(
+        self,
+        plan: Plan,
+        *,
+        shards: ShardSet | None = None,
+        first_step: int = 0,
+        bad_samples_dir: Path | None = None,
+    ) -> Loader:
         return Loader(
-            self.inputs.shards,
+            shards or self.inputs.shards,
             plan,
             self.inputs.processor,
             rank=self.world.rank,
@@ -320,6 +341,29 @@ class Trainer:
             workers=self.config.data.workers,
             bad_samples_dir=bad_samples_dir,
         )
+
+    def _evaluate(self) -> None:
+        """A row of held-out numbers in the log, sample answers and outcomes beside it; nothing without data.eval."""
+        if self.inputs.held_out is None:
+            return
+        found = evaluator.evaluate(
+            self.inputs.held_out,
+            self.inputs.processor,
+            self.model,
+            self.engine,
+            self.world,
+            objective=self.objective,
+            reference=self.held_out_reference,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            max_tokens=self.config.train.max_tokens_per_micro_batch,
+            workers=self.config.data.workers,
+            whole_weights=self.engine.whole_weights,
+        )
+        if self.world.is_main:
+            evaluator.keep(found, self.folder.path, self.step)
+        facts = {"intervals": found.intervals, "skipped": found.skipped, "seconds": found.seconds}
+        self.log.evaluation(self.step, found.metrics, **facts)
+        self.say(f"evaluated  step {self.step}  {evaluator.describe(found)}")
 
     # -- what a run leaves behind ------------------------------------------------------------------------------
 
@@ -340,11 +384,7 @@ class Trainer:
             "num_pairs": self.inputs.plan.num_pairs,
             "exclusions": self.inputs.plan.exclusions,
             "plan_fingerprint": self.inputs.plan.fingerprint,
-            "versions": {
-                "pivot": pivot.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": {"pivot": pivot.__version__} | {name: version(name) for name in VERSIONS},
         }
         self.log.event("start", **(facts | self.engine.facts()))
 

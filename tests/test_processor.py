@@ -160,6 +160,15 @@ def test_template_from_a_file(folders: dict, tmp_path: Path) -> None:
     assert "Other." in processor.tokenizer.decode(processor.encode(QUESTION, {}).prompt)
 
 
+def test_the_first_line_of_a_template_is_kept_as_it_is(folders: dict) -> None:
+    """A leading line break is text; blanks before a block are not (transformers' lstrip_blocks)."""
+    for start in ("\n", "\n \n", "  {% if true %}{% endif %}", " a"):
+        processor = make(folders, chat_template=start + tiny.CHATML)
+        messages = [{"role": "user", "content": "A"}]
+        plain = processor.tokenizer.apply_chat_template(messages, chat_template=start + tiny.CHATML, tokenize=False)
+        assert processor.tokenizer.apply_chat_template(messages, tokenize=False) == plain
+
+
 def test_template_cannot_run_code(folders: dict) -> None:
     with pytest.raises(SecurityError):
         make(folders, chat_template="{{ ().__class__.__bases__ }}" + tiny.CHATML)
@@ -174,6 +183,7 @@ def test_template_cannot_run_code(folders: dict) -> None:
             "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{{ 'GO' if add_generation_prompt }}",
             "not the beginning",
         ),
+        (tiny.CHATML + "{{ strftime_now('%d %b %Y') }}", "today's date"),
         (tiny.CHATML + "{% if messages | length > 1 %}{{ raise_exception('one only') }}{% endif %}", "one only"),
     ],
 )

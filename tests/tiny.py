@@ -114,6 +114,13 @@ def tiny_vision_config(kind: str = "siglip", **changes: Any) -> Any:
     return config_class(**(settings | changes))
 
 
+def _draw_biases(model: torch.nn.Module) -> None:
+    """Draw the biases too, as training leaves them: a tensor of zeros has no norm to compare an update with."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+
+
 def tiny_image_processor(kind: str = "siglip", size: int = IMAGE_SIZE) -> Any:
     square = {"height": size, "width": size}
     if kind == "siglip":
@@ -188,6 +195,7 @@ def tiny_llava(
     )
     model = LlavaForConditionalGeneration(config)
     _draw_norms(model.model.vision_tower)
+    _draw_biases(model)
     model.save_pretrained(folder)
     processor = LlavaProcessor(
         image_processor=tiny_image_processor(vision),

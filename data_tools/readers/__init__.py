@@ -1,18 +1,34 @@
-"""One module per input format, each with two functions and nothing else that others use:
+"""One module per input format. A reader has two functions and nothing else that others use:
 
     matches(path) -> bool                                     does `path` look like this format?
     read(path, image_roots) -> Iterator[Record | Drop]        its rows, in the input's order, one by one
 
-A new format is a new module and a line in READERS. The first that matches is taken.
+Formats whose rows can stand in JSON, CSV, Parquet or a tar alike are told by their fields and share rows.RowReader.
+A new format is a new module and a line below. The first that matches is taken, so the pickier come first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-from data_tools.readers import llava_dpo, mmpr
+from data_tools.readers import (
+    llava,
+    llava_dpo,
+    mmpr,
+    ms_swift,
+    onevision,
+    povid,
+    rlaif_v,
+    rlhf_v,
+    sharegpt,
+    trl,
+    vlfeedback,
+)
+from data_tools.readers.generic import Generic
+from data_tools.readers.rows import RowFormat, RowReader, peek
+from data_tools.readers.tars import TarReader
 from data_tools.records import Drop, Record
 
 
@@ -21,16 +37,51 @@ class Reader(Protocol):
     def read(self, path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]: ...
 
 
-READERS: dict[str, Reader] = {"mmpr": cast(Reader, mmpr), "llava_dpo": cast(Reader, llava_dpo)}
+ROW_FORMATS: dict[str, RowFormat] = {
+    "trl": cast(RowFormat, trl),
+    "vlfeedback": cast(RowFormat, vlfeedback),
+    "povid": cast(RowFormat, povid),
+    "sharegpt": cast(RowFormat, sharegpt),
+    "llava": cast(RowFormat, llava),
+    "ms_swift": cast(RowFormat, ms_swift),
+    "rlhf_v": cast(RowFormat, rlhf_v),
+    "rlaif_v": cast(RowFormat, rlaif_v),
+    "llava_dpo": cast(RowFormat, llava_dpo),
+    "generic": Generic(),
+}
 
 
-def find_reader(path: Path, format: str) -> tuple[str, Reader]:
-    """(name, reader) of `format`, or for `auto` of the first that matches. Raises ValueError when none does."""
+def find_row_format(row: dict[str, Any]) -> RowFormat | None:
+    return next((format for format in ROW_FORMATS.values() if format.fits(row)), None)
+
+
+READERS: dict[str, Reader] = {
+    "mmpr": cast(Reader, mmpr),
+    "llava_onevision": cast(Reader, onevision),
+    "webdataset": TarReader(find_row_format),
+    **{name: RowReader(format) for name, format in ROW_FORMATS.items()},
+}
+
+
+def find_reader(path: Path, format: str = "auto", mapping: Mapping[str, str] | None = None) -> tuple[str, Reader]:
+    """(name, reader) of `format`, or for `auto` of the first that matches; a mapping means the generic one.
+
+    Raises ValueError when none does.
+    """
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a folder or file to pack")
+    if mapping:
+        if format not in ("auto", "generic"):
+            raise ValueError(f"--map names columns of the generic format, and --format is {format}; leave one of them out")
+        return "generic", RowReader(Generic(mapping))
     if format != "auto":
         return format, READERS[format]
     for name, reader in READERS.items():
         if reader.matches(path):
             return name, reader
-    raise ValueError(f"{path} looks like none of the known formats ({', '.join(READERS)}); force one with --format")
+    row = peek(path)
+    fields = f"; its rows have the fields {', '.join(map(str, row))[:200]}" if row else ""
+    raise ValueError(
+        f"{path} looks like none of the known formats ({', '.join(READERS)}){fields}; force one with --format, or name "
+        "the columns with --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN --map image=COLUMN"
+    )

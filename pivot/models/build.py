@@ -106,7 +106,7 @@ def build_mllm(
     with loading():
         if sources.whole_llava:
             assert sources.init_from is not None
-            loaded = load_llava(sources.init_from, model, dtype=dtype, gather=gather)
+            loaded = load_llava(sources.init_from, model, dtype=dtype, gather=gather, parts=taken)
             parts = {name: getattr(loaded, name) for name in taken}
         if "vision_tower" not in parts:
             parts["vision_tower"] = build_vision_tower(model.vision_tower, dtype=dtype, gather=gather)

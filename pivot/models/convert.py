@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pivot.config import ModelConfig, VisionTowerConfig
+from pivot.config import COMPONENTS, ModelConfig, VisionTowerConfig
 from pivot.geometry import OPEN_CLIP, describe_vision_tower, read_config, read_vision_config, split_open_clip
 from pivot.models.language import check_text_config
 from pivot.models.loading import Gather, load_strictly, without_partitioned_loading
@@ -64,9 +64,18 @@ def is_llava(path: str) -> bool:
     return read_config(path, "init_from").model_type == "llava"
 
 
-def load_llava(path: str, model: ModelConfig, *, dtype: torch.dtype, gather: Gather = nullcontext) -> LlavaParts:
+def load_llava(
+    path: str,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    gather: Gather = nullcontext,
+    parts: Collection[str] = COMPONENTS,
+) -> LlavaParts:
     """The parts of an HF LlavaForConditionalGeneration folder; ValueError where it and `model` disagree.
 
+    `parts` names those that will be used. Another feature layer, for example, suits a new projector, so it is refused
+    only where the folder's projector is to be used.
     Under a live HfDeepSpeedConfig (ZeRO-3) the weights come partitioned; `gather` must then be given.
     """
     config = read_config(path, "init_from")
@@ -76,9 +85,11 @@ def load_llava(path: str, model: ModelConfig, *, dtype: torch.dtype, gather: Gat
         )
     section = replace(model.vision_tower, path=path)
     facts = describe_vision_tower(section)
-    _check_agreement(config, model, has_cls=facts.has_cls, path=path)
-    text_config: Any = config.text_config
-    check_text_config(text_config, path)
+    if "projector" in parts:
+        _check_agreement(config, model, has_cls=facts.has_cls, path=path)
+    if "language_model" in parts:
+        text_config: Any = config.text_config
+        check_text_config(text_config, path)
     whole = load_strictly(LlavaForConditionalGeneration, path, f"init_from: {path}", dtype=dtype)
     return LlavaParts(
         vision_tower=wrap_encoder(whole.model.vision_tower, section, facts, gather=gather),
@@ -303,7 +314,7 @@ def _compare_features(vision_tower: VisionTower, path: str, values: Mapping[str,
     ours = build_vision_tower(section, dtype=torch.float32).eval()
     kept = {name: value.float() for name, value in values.items() if name not in ours.set_aside}
     ours.model.load_state_dict(kept, strict=True)
-    pixels = ours._normalise(images)
+    pixels = ours.normalise(images)
     with torch.no_grad():
         expected = _run_stock(section, pixels, layer)
         found = ours(images)
@@ -316,16 +327,13 @@ def _run_stock(section: VisionTowerConfig, pixels: Tensor, layer: int) -> Tensor
     """Hidden state `layer` of a written encoder from its own library, every token: float32[1, tokens, width]."""
     assert section.path is not None
     if section.path.startswith(OPEN_CLIP):
-        out = (
-            load_open_clip(section)
-            .visual.eval()
-            .forward_intermediates(
-                pixels,
-                indices=[layer - 1],
-                normalize_intermediates=section.post_norm,
-                output_fmt="NLC",
-                output_extra_tokens=section.cls == "keep",
-            )
+        visual = load_open_clip(section).visual.eval()
+        out = visual.forward_intermediates(
+            pixels,
+            indices=[layer - 1],
+            normalize_intermediates=section.post_norm,
+            output_fmt="NLC",
+            output_extra_tokens=section.cls == "keep",
         )
         prefix = out.get("image_intermediates_prefix", [])
         return torch.cat([*prefix, *out["image_intermediates"]], dim=1)

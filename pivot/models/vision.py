@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, PreTrainedModel, SiglipVisionModel
 
 from pivot.config import VisionTowerConfig
 from pivot.geometry import (
@@ -20,6 +20,7 @@ from pivot.geometry import (
     EncoderFacts,
     describe_vision_tower,
     num_blocks_run,
+    read_config,
     read_vision_config,
     split_open_clip,
 )
@@ -76,7 +77,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[I, num_features, width] of uint8[I, 3, H, W]; the encoder is called exactly once."""
-        pixels = self._normalise(pixel_values)
+        pixels = self.normalise(pixel_values)
         if self.is_open_clip:
             features = self.model(pixels)  # its pooling and projection are gone: every token comes out
         else:
@@ -91,7 +92,7 @@ class VisionTower(nn.Module):
         hidden = self.model.encoder(inputs_embeds=hidden).last_hidden_state
         return self.model.post_layernorm(hidden)  # an identity unless section.post_norm
 
-    def _normalise(self, pixel_values: Tensor) -> Tensor:
+    def normalise(self, pixel_values: Tensor) -> Tensor:
         """In float32 whatever the weights are, then cast. Constants are cached: a copy to a GPU would wait for it."""
         device = pixel_values.device
         if device not in self._normalisation:
@@ -109,7 +110,7 @@ class VisionTower(nn.Module):
 
 
 def build_vision_tower(section: VisionTowerConfig, *, dtype: torch.dtype, gather: Gather = nullcontext) -> VisionTower:
-    """The encoder that `section` names, cut behind its feature layer.
+    """The encoder that `section` names (alone, in a whole CLIP, or in an HF LLaVA), cut behind its feature layer.
 
     Under a live HfDeepSpeedConfig (ZeRO-3) transformers loads the weights partitioned; `gather` must then be given.
     """
@@ -146,6 +147,8 @@ def _load_transformers(path: str, dtype: torch.dtype) -> PreTrainedModel:
     if path.endswith(".json"):
         return build_random(model_class, config, dtype)
     where = f"model.vision_tower.path: {path}"
+    if read_config(path, "model.vision_tower.path").model_type == "llava":
+        return load_strictly(LlavaForConditionalGeneration, path, where, dtype=dtype).model.vision_tower
     return load_strictly(model_class, path, where, accepted=_TEXT_SIDE, config=config, dtype=dtype)
 
 

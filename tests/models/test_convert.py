@@ -263,6 +263,18 @@ def test_a_disagreement_with_the_folder_is_refused(tmp_path: Path, settings: dic
         read(tiny.tiny_llava(tmp_path, vision="clip"), **settings)
 
 
+def test_an_encoder_alone_may_be_taken_at_another_layer(tmp_path: Path) -> None:
+    folder = str(tiny.tiny_llava(tmp_path, vision="clip"))
+    model = ModelConfig(projector="linear")
+    model.vision_tower = VisionTowerConfig(path=folder, layer=-1, cls="keep")
+    taken = load_llava(folder, model, dtype=torch.float32, parts=("vision_tower",)).vision_tower
+    images = tiny.random_images(1)
+    found = build_vision_tower(model.vision_tower, dtype=torch.float32)(images)
+    stock: Any = LlavaForConditionalGeneration.from_pretrained(folder).model.vision_tower
+    expected = stock(taken.normalise(images), output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(found, expected) and torch.equal(taken(images), expected)
+
+
 def test_only_a_llava_folder_is_read(tmp_path: Path) -> None:
     folder = tiny.tiny_language_model(tmp_path)
     with pytest.raises(ValueError, match="is a qwen2; expected a LlavaFor"):

@@ -34,6 +34,7 @@ from tests.trees import build_batch, random_segments
 RATES = {"vision_tower": 0.02, "projector": 0.05, "language_model": 0.03}
 ADAM_RATES = {"vision_tower": 2e-4, "projector": 1e-3, "language_model": 5e-4}
 IMAGE_TOKENS = 16
+MAX_GRAD_NORM = 0.5  # below every norm met here, so that clipping is at work
 
 
 def world() -> World:
@@ -134,12 +135,22 @@ def _mine(pairs: list[PackedBatch], micro_batches: int, image_token_id: int) -> 
 NUM_PAIRS = 8
 
 
+def everything(folder: Path) -> None:
+    """All of the below in one process, since starting it takes longer than they do."""
+    for scenario in (zero_stages, gradients, image_patterns, freezing, mixed_precision):
+        scenario(folder)
+
+
 def zero_stages(folder: Path) -> None:
     """Five steps for each stage, optimizer, and tied or untied embeddings: weights and measured norms."""
     for tied in (False, True):
         for name in ("sgd", "adamw"):
             for stage in (0, 1, 2, 3):
-                engine, image = build(folder / f"llava-{'tied' if tied else 'untied'}", stage, optim_config(name))
+                engine, image = build(
+                    folder / f"llava-{'tied' if tied else 'untied'}",
+                    stage,
+                    optim_config(name, max_grad_norm=MAX_GRAD_NORM),
+                )
                 metrics = []
                 for step in range(5):
                     pairs = [pair(100 * step + i, image, with_image=i % 3 != 1) for i in range(NUM_PAIRS)]
@@ -153,7 +164,7 @@ def gradients(folder: Path) -> None:
     for stage in (0, 1, 2, 3):
         engine, image = build(folder / "llava-tied", stage, optim_config("sgd"))
         pairs = [pair(i, image, with_image=i % 3 != 1) for i in range(NUM_PAIRS)]
-        for micro_batches, chunk in ((1, None), (2, None), (4, None), (1, 400)):
+        for micro_batches, chunk in ((1, None), (2, None), (4, None), (1, 1600)):
             logprobs.CHUNK_LOGITS = chunk * (1 + 3 * dist.get_rank()) if chunk else 2**25
             run_step(engine, _mine(pairs, micro_batches, image), NUM_PAIRS, 0, update=False)
             found = {}
@@ -211,7 +222,13 @@ def freezing(folder: Path) -> None:
             run_step(engine, _mine(pairs, 1, image), 4, 0)
             after = weights(engine)
             trainable = [name for name, p in engine.model.named_parameters() if p.requires_grad]
-            case = {"before": before, "after": after, "received": received, "trainable": trainable, "frozen": frozen}
+            case = {
+                "before": before,
+                "after": after,
+                "received": sorted(received),
+                "trainable": trainable,
+                "frozen": list(frozen),
+            }
             save(folder, f"frozen-{'+'.join(frozen)}-{checkpointing}", case)
 
 

@@ -1,0 +1,117 @@
+"""The demo's model before it has any weights: two configuration files and a tokenizer that knows the world's words.
+
+    model/vision.json  model/language/{config,tokenizer,tokenizer_config}.json
+
+A run that names the two configurations draws the weights from its seed. 1.4 million parameters; wide enough to learn
+to see in minutes on two cores, small enough to be trained there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data_tools.demo.questions import CAPTION_REQUEST, NOTHING, OPPOSITES
+from data_tools.demo.scenes import ALL_POSITIONS, COLOURS, DIGITS, SHAPES, SIZES, TEXTURES
+from data_tools.writer import write_json
+
+IMAGE_SIZE, PATCH_SIZE = 64, 8
+WIDTH, NUM_LAYERS, NUM_HEADS = 128, 3, 4
+VOCAB_SIZE = 512  # 496 are taken, and <image>, which the processor adds, is one more
+END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SENTENCES = (
+    "user assistant system",
+    CAPTION_REQUEST,
+    "What colour shape size is at the object? What texture has the object? What digit is on the object?",
+    "Where is the object? Where is the object, seen from the object? What is at the top?",
+    "How many objects are there? Is there a object? yes no a circle with a",
+)
+
+
+def write_architecture(folder: Path) -> None:
+    """The same bytes whatever data set they are for. Files are written whole or not at all."""
+    language = folder / "language"
+    language.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    write_json(folder / "vision.json", vision_config())
+    write_json(language / "config.json", text_config(tokenizer))
+    write_json(language / "tokenizer.json", json.loads(tokenizer.to_str()))
+    write_json(language / "tokenizer_config.json", tokenizer_config())
+
+
+def build_tokenizer() -> Tokenizer:
+    """Byte-level BPE: each word of the world is one token, with or without the space before it; all else is bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        min_frequency=1,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(_words(), trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (END_OF_TEXT, TURN, END_OF_TURN)])
+    assert tokenizer.get_vocab_size() < VOCAB_SIZE
+    return tokenizer
+
+
+def _words() -> list[str]:
+    lists = (ALL_POSITIONS, COLOURS, SHAPES, SIZES, TEXTURES, DIGITS, OPPOSITES, [NOTHING], SENTENCES)
+    words = sorted({word for texts in lists for text in texts for word in re.findall(r"\w+", text)})
+    return [variant for word in words for variant in (word, f" {word}")]
+
+
+def vision_config() -> dict[str, Any]:
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS,
+        "num_channels": 3,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+    }
+
+
+def text_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": WIDTH,
+        "intermediate_size": 3 * WIDTH,  # gated: three matrices of that size do the work of a plain 4 x
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_HEADS,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.token_to_id(END_OF_TURN),
+        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+    }
+
+
+def tokenizer_config() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TURN,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }

@@ -1,0 +1,119 @@
+"""How far a data set has come that is being written: a lock, `pack.json` while it grows, `manifest.json` at its end.
+
+A set is a pure function of its identity (input and options). A second run with the same identity goes on behind the
+last finished shard; one with another is refused; one at the same time waits for nobody and is refused too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from data_tools.writer import write_json
+from pivot.data.shards import MANIFEST_VERSION, Shard, set_fingerprint
+
+
+class Journal:
+    """Held with `with`, which takes the lock of folder `out`.
+
+    `state` is what the last run saved, or None for a fresh start. Raises ValueError when the folder holds something
+    else, or when another process is writing there.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self.out, self._identity = out, identity
+        self._path, self._manifest = out / "pack.json", out / "manifest.json"
+        self._lock: IO[str] | None = None
+        self.finished = False
+        self.state: dict[str, Any] | None = None
+
+    def __enter__(self) -> Journal:
+        if not self._manifest.is_file():
+            self._take_lock()
+        self.finished = self._manifest.is_file()
+        path = self._manifest if self.finished else self._path
+        if path.is_file():
+            self.state = json.loads(path.read_text())
+            self._require_same(self.state or {})
+        else:
+            self._require_empty()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+            if self.state is None and not any(self.out.iterdir()):  # nothing came of it
+                self.out.rmdir()
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those that are finished."""
+        return [Shard(**entry) for entry in (self.state or {}).get("shards", [])]
+
+    def save(self, shards: Iterable[Shard], **state: Any) -> None:
+        self.state = {"options": self._identity, "shards": [asdict(shard) for shard in shards], **state}
+        write_json(self._path, self.state)
+
+    def finish(self, shards: list[Shard], *, name: str, kind: str, **facts: Any) -> None:
+        """Write the manifest: from now on the folder is a data set."""
+        counts = {"samples": sum(shard.samples for shard in shards), "bytes": sum(shard.bytes for shard in shards)}
+        head = {"version": MANIFEST_VERSION, "name": name, "kind": kind, **counts}
+        listed = {"fingerprint": set_fingerprint(shards), "shards": [asdict(shard) for shard in shards]}
+        write_json(self._manifest, {**head, **facts, **listed, "options": self._identity})
+        self._path.unlink(missing_ok=True)
+
+    def clear_leftovers(self) -> None:
+        """Remove what an interrupted run left behind the last shard that is finished."""
+        known = {shard.name for shard in self.shards}
+        for path in chain((self.out / "shards").glob("*"), (self.out / "index").glob("*")):
+            if path.name.split(".")[0] not in known or path.name.endswith(".part"):
+                path.unlink()
+
+    def _require_same(self, state: dict[str, Any]) -> None:
+        before = state.get("options", {})
+        changed = [
+            f"{key} was {before.get(key)!r}, is {value!r}"
+            for key, value in self._identity.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise ValueError(f"{self.out} holds a pack with other options ({'; '.join(changed)}); choose another --out")
+
+    def _require_empty(self) -> None:
+        inside = [path.name for path in self.out.iterdir() if self._lock is None or path.name != "pack.lock"]
+        if inside:
+            raise ValueError(f"{self.out} is not empty and holds no pack; choose another --out")
+
+    def _take_lock(self) -> None:
+        """The kernel lets go of it when the process dies, so there is no stale lock to handle."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "pack.lock"
+        while True:
+            file = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                file.close()
+                raise ValueError(
+                    f"{self.out} is being written by {owner}; wait for it, or choose another --out"
+                ) from error
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
+            file.close()  # its holder removed it between our open and our lock
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file

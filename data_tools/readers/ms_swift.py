@@ -1,0 +1,44 @@
+"""ms-swift: `messages` {role, content} that end with the chosen answer, `rejected_response` or `rejected_messages`,
+`images`, `rejected_images`. Without a rejected answer the row is for SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from data_tools.readers.rows import Malformed, Place, Row, answer_of, images_of, question_of, turns_of
+from data_tools.records import Drop, Record
+
+
+def fits(row: Row) -> bool:
+    return isinstance(row.get("messages"), list)
+
+
+def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
+    turns = turns_of(row["messages"], "messages", "role", "content")
+    history, question = question_of(turns[:-1], "messages")
+    images = images_of(row, "images", "image")
+    if row.get("rejected_images") and images_of(row, "rejected_images") != images:
+        detail = "field rejected_images: both answers must see the same image"
+        yield Drop("rejected image not supported", place.id_of(row), detail)
+        return
+    yield Record(
+        id=place.id_of(row),
+        source=place.source,
+        prompt=question,
+        chosen=answer_of(turns[-1:], "messages"),
+        rejected=_rejected(row, [*history, ("user", question)]),
+        images=images,
+        folders=place.folders,
+        history=history,
+    )
+
+
+def _rejected(row: Row, prompt: list[tuple[str, str]]) -> str | None:
+    if isinstance(row.get("rejected_response"), str):
+        return row["rejected_response"]
+    if row.get("rejected_messages") is None:
+        return None
+    turns = turns_of(row["rejected_messages"], "rejected_messages", "role", "content")
+    if turns[:-1] not in ([], prompt):
+        raise Malformed("messages and rejected_messages ask different questions")
+    return answer_of(turns[-1:], "rejected_messages")

@@ -1,0 +1,33 @@
+"""RLHF-V: `text` is a JSON string {question, chosen, rejected}; `image` is {bytes, path} or a path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from data_tools.readers import rlaif_v
+from data_tools.readers.rows import Malformed, Place, Row
+from data_tools.records import Drop, Record
+
+
+def fits(row: Row) -> bool:
+    try:
+        inner = _inner(row)
+    except Malformed:
+        return False
+    return rlaif_v.fits(inner)
+
+
+def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
+    yield from rlaif_v.read_row({**row, **_inner(row)}, place)
+
+
+def _inner(row: Row) -> Row:
+    text = row.get("text")
+    try:
+        inner = json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise Malformed(f"field text is not JSON ({error})") from error
+    if not isinstance(inner, dict):
+        raise Malformed("expected field text to hold {question, chosen, rejected}")
+    return inner

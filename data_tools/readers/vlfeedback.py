@@ -1,0 +1,71 @@
+"""VLFeedback: `prompt`, `img_path` and several `completions`, each rated; pairs by Silkie's rule.
+
+A completion is {model, response, annotations: {ASPECT: {Rating, Rationale}}}; its score is the mean of its ratings.
+Every two completions of different score make a pair; one with a rating that is no number makes none. The `datasets`
+library turns the list of completions into a dict of lists, which is read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+from data_tools.readers.rows import Malformed, Place, Row, images_of, text_of
+from data_tools.records import Drop, Record
+
+
+def fits(row: Row) -> bool:
+    return isinstance(row.get("prompt"), str) and isinstance(row.get("completions"), list | dict)
+
+
+def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
+    id, images, found = place.id_of(row), images_of(row, "image", "images", "img_path"), 0
+    scored = [(score, text) for text, score in _scored(row["completions"]) if score is not None]
+    for (one, left), (other, right) in combinations(scored, 2):
+        if one == other:
+            continue
+        best, worst = (left, right) if one > other else (right, left)
+        yield Record(
+            id=f"{id}#{found}",
+            source=place.source,
+            prompt=text_of(row, "prompt"),
+            chosen=best,
+            rejected=worst,
+            images=images,
+            folders=place.folders,
+            margin=abs(one - other),
+        )
+        found += 1
+    if not found:
+        yield Drop("no pair", id, f"{len(scored)} completions with numbers as ratings, none better than another")
+
+
+def _scored(completions: Any) -> Iterator[tuple[str, float | None]]:
+    if isinstance(completions, dict):
+        completions = _as_list(completions)
+    for completion in completions:
+        if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
+            raise Malformed("expected each of completions to have a response")
+        yield completion["response"], _score(completion.get("annotations"))
+
+
+def _as_list(columns: dict[str, Any]) -> list[Any]:
+    """[{a: x}, ...] of {a: [x, ...]}, down to the ratings."""
+    lengths = {len(value) for value in columns.values() if isinstance(value, list)}
+    if any(isinstance(value, dict) for value in columns.values()):
+        columns = {name: _as_list(value) if isinstance(value, dict) else value for name, value in columns.items()}
+        lengths = {len(value) for value in columns.values()}
+    if len(lengths) != 1:
+        raise Malformed("completions: its lists are not equally long")
+    return [{name: value[i] for name, value in columns.items()} for i in range(lengths.pop())]
+
+
+def _score(annotations: Any) -> float | None:
+    if not isinstance(annotations, dict) or not annotations:
+        return None
+    try:
+        ratings = [float(aspect["Rating"]) for aspect in annotations.values()]
+    except (TypeError, KeyError, ValueError):
+        return None
+    return sum(ratings) / len(ratings)

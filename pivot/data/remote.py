@@ -1,0 +1,181 @@
+"""Shards that lie elsewhere: fetched whole through fsspec into a folder whose names are the content's sha256.
+
+Two sets cannot collide there, equal shards of two sets are kept once, and a file under its own name is whole and
+verified. One process downloads, the others of the machine wait for it; the oldest shards go when the cap is reached.
+Nothing is run to fetch a file: `pipe:` and the like are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+logger = logging.getLogger(__name__)
+
+PROTOCOLS = ("http", "https", "s3", "gs", "hf", "memory")  # memory is fsspec's own, for tests
+WINDOW_SHARDS = 8  # of a remote set: what the order mixes at a time, and so what has to lie here at a time
+TRIES = 4
+FIRST_WAIT_S = 0.5  # doubles
+CHUNK = 1 << 20
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL that can be fetched. Raises ValueError for `pipe:` and for unknown protocols."""
+    found = _SCHEME.match(path)
+    if not found or not (found[2] or found[1] == "pipe"):
+        return False
+    if found[1] == "pipe":
+        raise ValueError(f"{path}: pipe: would run a command, which is refused; give an https, s3, gs or hf address")
+    if found[1].lower() not in PROTOCOLS:
+        raise ValueError(f"{shown(path)}: expected a folder, or one of {', '.join(f'{p}://' for p in PROTOCOLS[:5])}")
+    return True
+
+
+def join_url(folder: str, *names: str) -> str:
+    parts = urlsplit(folder)
+    return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *names])))
+
+
+def shown(url: str) -> str:
+    """The URL without what may be a secret: user, password and query."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+class ShardCache:
+    """FOLDER/ab/abcd....tar for each shard fetched, at most `max_bytes` of them."""
+
+    def __init__(self, folder: str | Path, max_bytes: int = 200 << 30) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
+
+    def path(self, sha256: str, suffix: str = ".tar") -> Path:
+        return self.folder / sha256[:2] / f"{sha256}{suffix}"
+
+    def fetch(self, url: str, *, sha256: str, num_bytes: int = 0) -> Path:
+        """The local file with this content. Raises OSError when it cannot be had after TRIES, and ValueError for a
+        protocol that this machine has no package for, or when the content is another."""
+        path = self.path(sha256, os.path.splitext(urlsplit(url).path)[1])
+        if not _touch(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                if not _touch(path):  # another process fetched it meanwhile
+                    self._make_room(num_bytes)
+                    _download(url, path, sha256)
+        return path
+
+    def read(self, url: str) -> bytes:
+        """A small file that has no hash: fetched every time."""
+        return _try_often(url, lambda: _read(url))
+
+    def used_bytes(self) -> int:
+        return sum(size for _, size, _ in self._files())
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        found = []
+        for path in self.folder.glob("*/*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process removes too
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Remove the shards used longest ago. Whoever has one open reads on; who needs it again fetches it again."""
+        if num_bytes > self.max_bytes:
+            raise ValueError(
+                f"{self.folder}: a shard of {num_bytes} bytes is over the cap of {self.max_bytes}; raise it"
+            )
+        with _locked(self.folder / "evict.lock"):
+            files = self._files()
+            used = sum(size for _, size, _ in files)
+            for _, size, path in files:
+                if used + num_bytes <= self.max_bytes:
+                    return
+                path.unlink(missing_ok=True)
+                path.with_suffix(".lock").unlink(missing_ok=True)
+                used -= size
+
+
+def _download(url: str, path: Path, sha256: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        found = _try_often(url, lambda: _copy(url, part))
+        if found != sha256:
+            raise ValueError(
+                f"{shown(url)}: sha256 {found[:12]} is not that of the manifest ({sha256[:12]}); the upload is damaged "
+                "or of another version: upload the set again, manifest.json last"
+            )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _copy(url: str, part: Path) -> str:
+    """Fetch into `part`; the content's sha256."""
+    digest = hashlib.sha256()
+    with _open(url) as source, part.open("wb") as target:
+        while chunk := source.read(CHUNK):
+            digest.update(chunk)
+            target.write(chunk)
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _read(url: str) -> bytes:
+    with _open(url) as source:
+        return source.read()
+
+
+def _open(url: str) -> Any:
+    import fsspec
+
+    is_remote(url)
+    try:
+        return fsspec.open(url, "rb")
+    except ImportError as error:
+        raise ValueError(f"{shown(url)}: {error}; or install pivot[remote], which brings all of them") from error
+
+
+def _try_often(url: str, fetch: Any) -> Any:
+    for attempt in range(TRIES):
+        try:
+            return fetch()
+        except FileNotFoundError as error:
+            raise ValueError(f"{shown(url)} does not exist; name the folder that python -m data_tools wrote") from error
+        except ValueError:
+            raise
+        except ImportError as error:
+            raise ValueError(f"{shown(url)}: {error}; or install pivot[remote]") from error
+        except Exception as error:  # each backend has its own errors for a network that stutters
+            if isinstance(error, OSError) and error.errno == 28:  # no space left: waiting does not help
+                raise
+            if attempt == TRIES - 1:
+                raise OSError(f"{shown(url)}: {type(error).__name__}: {error} ({TRIES} tries)") from error
+            logger.warning("%s: %s; trying again", shown(url), type(error).__name__)
+            time.sleep(FIRST_WAIT_S * 2**attempt)
+
+
+def _touch(path: Path) -> bool:
+    """Mark as just used; False when it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+        yield

@@ -1,0 +1,50 @@
+"""How sure a share is: 95 % intervals that know that several questions about one image are not independent.
+
+Letters: n values, G groups (images).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+Z = 1.959964  # 95 %
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def _cluster_variance(values: np.ndarray, groups: np.ndarray) -> float:
+    """Variance of the mean of `values` when whole groups were drawn: the sum of squared group residuals over n^2."""
+    _, group = np.unique(groups, return_inverse=True)
+    residuals = np.bincount(group.ravel(), weights=values - values.mean())
+    count = len(residuals)
+    return float(np.square(residuals).sum()) / len(values) ** 2 * (count / max(1, count - 1))
+
+
+def share(values: np.ndarray, groups: np.ndarray) -> Interval:
+    """The mean of `values` in [0, 1] with Wilson's interval, at the sample size that the groups leave.
+
+    n shrinks by the design effect (Kish 1965): the variance with groups over the one without, at least 1. Unlike a
+    bootstrap, Wilson's interval has a width at a share of 0 or 1 too.
+    """
+    n, mean = len(values), float(values.mean())
+    simple = mean * (1 - mean) / n
+    effect = max(1.0, _cluster_variance(values, groups) / simple) if simple > 0 else n / len(np.unique(groups))
+    n_effective = n / effect
+    spread = Z * math.sqrt(mean * (1 - mean) / n_effective + Z**2 / (4 * n_effective**2))
+    centre, scale = mean + Z**2 / (2 * n_effective), 1 + Z**2 / n_effective
+    return Interval(mean, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+
+
+def difference(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> Interval:
+    """after - before over the same samples in the same order, with the interval of paired values."""
+    change = after - before
+    half = Z * math.sqrt(_cluster_variance(change, groups))
+    mean = float(change.mean())
+    return Interval(mean, mean - half, mean + half)

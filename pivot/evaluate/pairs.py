@@ -1,0 +1,123 @@
+"""Held-out pairs under a policy: one record a pair, gathered over the ranks once, and the objective's own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pivot import distributed
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
+from pivot.counts import StepCounts
+from pivot.data.loader import Loader
+from pivot.distributed import World
+
+if TYPE_CHECKING:
+    from pivot.objectives import Objective, Outcome
+    from pivot.reference import ReferenceCache
+
+PAIR_RECORD = np.dtype(
+    [
+        ("row", "<i8"),
+        ("chosen_logp", "<f4"),
+        ("rejected_logp", "<f4"),
+        ("chosen_tokens", "<u4"),
+        ("rejected_tokens", "<u4"),
+    ]
+)
+
+
+@torch.no_grad()
+def score_pairs(
+    loader: Loader,
+    forward: Callable[[PackedBatch], Tensor],
+    world: World,
+    *,
+    objective: Objective | None = None,
+    reference: ReferenceCache | None = None,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """PAIR_RECORD[pairs] in the order of their rows, and the objective's loss and metrics over them. Collective.
+
+    `forward` maps a batch on the device to float32[N]. Samples that could not be read are left out of both.
+    """
+    terms, parts = Terms(objective), []
+    for _, micro_batches in loader:
+        for host_batch in micro_batches:
+            batch = host_batch.to(world.device)
+            token_logps = forward(batch)
+            parts.append(_records(host_batch, batch.completion_logps(token_logps).float().cpu()))
+            if objective is not None:
+                found = reference.lookup(host_batch).to(world.device) if reference is not None else None
+                terms.add(objective(token_logps, batch, found), host_batch)
+    gathered = distributed.gather((np.concatenate(parts), terms.sums()))
+    records = np.concatenate([records for records, _ in gathered])
+    return records[np.argsort(records["row"], kind="stable")], terms.means([sums for _, sums in gathered])
+
+
+def _records(batch: PackedBatch, logps: Tensor) -> np.ndarray:
+    records = np.zeros(batch.num_pairs, dtype=PAIR_RECORD)
+    records["row"] = batch.sample_index.numpy()
+    for role, index in batch.by_role.items():
+        records[f"{role}_logp"] = logps[index].numpy()
+        records[f"{role}_tokens"] = batch.completion_tokens[index].numpy()
+    real = (batch.sample_index != DUMMY_SAMPLE) & (batch.pair_weight() > 0)
+    return records[real.numpy()]
+
+
+class Terms:
+    """Sums of an objective's terms, and of what they are to be divided by: the samples that were really scored."""
+
+    def __init__(self, objective: Objective | None) -> None:
+        self._objective = objective
+        self._sums: dict[str, Tensor] = {}
+        self._units: dict[str, str] = {}
+        self._weights: dict[str, float] = {}  # of the terms that make up the loss
+        self._counts = StepCounts(pair=0, chosen_token=0, target_token=0)
+
+    def add(self, outcome: Outcome, batch: PackedBatch) -> None:
+        assert self._objective is not None
+        self._weights = {f"loss/{name}": weight for name, (weight, _) in outcome.loss.items()}
+        losses = {f"loss/{name}": term for name, (_, term) in outcome.loss.items()}
+        for name, term in (losses | outcome.metrics).items():
+            value = term.total.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._units[name] = term.unit
+        tokens = {role: batch.completion_tokens[i] * batch.completion_weight[i] for role, i in batch.by_role.items()}
+        self._counts += StepCounts(
+            pair=int(batch.pair_weight().sum()),
+            chosen_token=int(tokens[CHOSEN].sum()),
+            target_token=sum(int(tokens[role].sum()) for role in self._objective.roles),
+        )
+
+    def sums(self) -> tuple[dict[str, float], StepCounts]:
+        """This rank's part, on the host."""
+        return {name: float(value) for name, value in self._sums.items()}, self._counts
+
+    def means(self, parts: list[tuple[dict[str, float], StepCounts]]) -> dict[str, float]:
+        """`loss` and the metrics over all ranks' parts: each sum divided once."""
+        if not self._sums:
+            return {}
+        counts = sum((counts for _, counts in parts), StepCounts(pair=0, chosen_token=0, target_token=0))
+        means = {
+            name: sum(sums[name] for sums, _ in parts) / counts.denominator(unit) for name, unit in self._units.items()
+        }
+        loss = sum(weight * means[name] for name, weight in self._weights.items())
+        return {"loss": loss} | {n: v for n, v in means.items() if len(self._weights) > 1 or n not in self._weights}
+
+
+def preferred(records: np.ndarray) -> np.ndarray:
+    """float64[pairs]: 1 where the chosen completion is the likelier one, 1/2 at a tie."""
+    return _compare(records["chosen_logp"], records["rejected_logp"])
+
+
+def preferred_per_token(records: np.ndarray) -> np.ndarray:
+    """The same for the mean log-prob of a token, which favours neither the short nor the long."""
+    mean = {role: records[f"{role}_logp"].astype(np.float64) / records[f"{role}_tokens"] for role in (CHOSEN, REJECTED)}
+    return _compare(mean[CHOSEN], mean[REJECTED])
+
+
+def _compare(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    return np.where(chosen > rejected, 1.0, np.where(chosen == rejected, 0.5, 0.0))

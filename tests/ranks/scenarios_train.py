@@ -1,0 +1,80 @@
+"""Whole runs of the trainer on real ranks: packed data, ZeRO-3, checkpoints, resume, export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pivot.config import Config, load_config
+from pivot.train import train
+
+RUN = """
+output_dir: {folder}/{name}
+init_from: {folder}/llava
+deepspeed: ds_configs/zero3.json
+data: {{train: {folder}/set, cache_dir: {folder}/cache, workers: 1}}
+objective: {{dpo: {{loss: {{sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}}, bco_shift: running_mean}}}}
+optim: {{vision_tower: {{lr: 2e-4, weight_decay: 0.1}}, projector: {{lr: 1e-3}}, language_model: {{lr: 5e-4}}}}
+train: {{global_batch_size: 6, max_steps: 5, max_tokens_per_micro_batch: 400, seed: 3}}
+checkpoint: {{every_steps: 2, keep: 9}}
+"""
+
+
+def config_of(folder: Path, name: str, **changes: str) -> Config:
+    path = folder / f"{name}-{dist.get_rank()}.yaml"
+    path.write_text(RUN.format(folder=folder, name=name))
+    return load_config(path, [f"{key}={value}" for key, value in changes.items()], "dpo")
+
+
+def resume(folder: Path) -> None:
+    """Five steps unbroken; the same with all after step 2 lost; with step 4 damaged; and once more when finished."""
+    train(config_of(folder, "unbroken"))
+    cut(folder, "unbroken", "resumed", keep=("step-00000002",))
+    train(config_of(folder, "resumed", **{"train.max_tokens_per_micro_batch": "300", "data.workers": "0"}))
+    cut(folder, "unbroken", "damaged", keep=("step-00000002", "step-00000004"))
+    if dist.get_rank() == 0:
+        shard = max((folder / "damaged/checkpoints/step-00000004").rglob("*optim_states.pt"))
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    dist.barrier()
+    train(config_of(folder, "damaged"))
+    train(config_of(folder, "damaged"))
+
+
+def cut(folder: Path, source: str, target: str, keep: tuple[str, ...]) -> None:
+    """A run as a kill leaves it: its settings, some checkpoints, a half-written one, and `latest` naming the newest."""
+    if dist.get_rank() == 0:
+        checkpoints = folder / target / "checkpoints"
+        for name in keep:
+            shutil.copytree(folder / source / "checkpoints" / name, checkpoints / name)
+        (checkpoints / "step-00000099.tmp").mkdir()
+        (checkpoints / "latest").write_text(keep[-1] + "\n")
+        text = (folder / source / "config.yaml").read_text()
+        (folder / target / "config.yaml").write_text(text.replace(f"/{source}", f"/{target}"))
+    dist.barrier()
+
+
+def refusals(folder: Path) -> None:
+    """What must stop a run before it trains; the messages go to files."""
+    train(config_of(folder, "first", **{"train.max_steps": "1"}))
+    attempts = {
+        "other rate": {"name": "first", "train.max_steps": "1", "optim.projector.lr": "2e-3"},
+        "nothing to resume": {"name": "fresh", "checkpoint.resume": "required"},
+        "no such reference": {"name": "also-fresh", "objective.dpo.reference": f"{folder}/nowhere"},
+    }
+    for case, changes in attempts.items():
+        settings = dict(changes)
+        try:
+            train(config_of(folder, settings.pop("name"), **settings))
+            message = "nothing was refused"
+        except (ValueError, RuntimeError) as error:
+            message = str(error)
+        (folder / f"{case}-{dist.get_rank()}.txt").write_text(message)
+
+
+def everything(folder: Path) -> None:
+    for scenario in (resume, refusals):
+        scenario(folder)

@@ -1,0 +1,102 @@
+"""Laws of whole runs, on two ranks under ZeRO-3: an interrupted run ends as the unbroken one, bit by bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.data.fakes import make_set
+from tests.ranks import run_ranks
+from tests.tiny import tiny_llava
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_llava(folder / "llava")
+    make_set(folder)
+    run_ranks("tests.ranks.scenarios_train:everything", 2, folder, limit_s=300)
+    return folder
+
+
+def rows(runs: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
+
+
+def steps(runs: Path, name: str) -> dict[int, dict[str, Any]]:
+    """Step -> its row without what a clock decides."""
+    found = [row for row in rows(runs, name) if "step" in row and "event" not in row]
+    return {row["step"]: {k: v for k, v in row.items() if not k.startswith("perf/")} for row in found}
+
+
+def weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(runs / name / "export" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["resumed", "damaged"])
+def test_resumed_run_equals_the_unbroken_one(runs: Path, name: str) -> None:
+    """AdamW's moments, BCO's running shift, the schedule and the order of the data all come back."""
+    expected, found = weights(runs, "unbroken"), weights(runs, name)
+    assert expected.keys() == found.keys()
+    if name == "damaged":  # same micro-batches: bit by bit
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert steps(runs, name) == {step: steps(runs, "unbroken")[step] for step in (3, 4, 5)}
+    else:  # cut by another token budget: the same sums in another order
+        worst = max(float((found[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
+        assert worst < 2e-4
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(runs: Path) -> None:
+    output = (runs / "everything-rank0.log").read_text()
+    assert "step-00000004 is damaged and is not used" in output
+    assert "resumed from " + str(runs / "damaged/checkpoints/step-00000002") in output
+
+
+def test_a_finished_run_trains_nothing(runs: Path) -> None:
+    assert "this run is finished: 5 steps done" in (runs / "everything-rank0.log").read_text()
+    assert len([row for row in rows(runs, "damaged") if row.get("event") == "start"]) == 1
+
+
+def test_first_loss_is_that_of_equal_models(runs: Path) -> None:
+    """0.8 ln 2 for sigmoid, 0.2 * 2 ln 2 for BCO (two terms at reward 0), and the NLL as measured on its own."""
+    row = steps(runs, "unbroken")[1]
+    assert row["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert row["loss/sigmoid"] == pytest.approx(0.693147, abs=1e-5)
+    assert row["loss"] == pytest.approx(
+        0.8 * row["loss/sigmoid"] + 0.2 * row["loss/bco_pair"] + row["loss/sft"], rel=1e-5
+    )
+
+
+def test_log_holds_what_a_reader_looks_for(runs: Path) -> None:
+    start, first = rows(runs, "unbroken")[:2]
+    assert start["event"] == "start"
+    assert (start["world_size"], start["zero_stage"], start["attention"]) == (2, 3, "pivot_tree")
+    assert start["num_persistent_parameters"] == 0
+    assert set(start["num_parameters"]) == {"vision_tower", "projector", "language_model"}
+    assert {"torch", "transformers", "pivot", "deepspeed"} <= set(start["versions"])
+    for component, rate in {"vision_tower": 2e-4, "projector": 1e-3, "language_model": 5e-4}.items():
+        assert first[f"lr/{component}"] == pytest.approx(rate)
+        assert first[f"grad_norm/{component}"] > 0
+        assert first[f"update_ratio/{component}"] > 0
+    for name in ("pairs_per_s", "tokens_per_s", "data_wait_ratio", "peak_memory_gib"):
+        assert f"perf/{name}" in first
+
+
+def test_other_settings_are_refused_by_name(runs: Path) -> None:
+    for rank in (0, 1):
+        message = (runs / f"other rate-{rank}.txt").read_text()
+        assert "optim.projector.lr was 0.001, is 0.002" in message
+
+
+def test_a_missing_checkpoint_is_refused(runs: Path) -> None:
+    assert "holds no checkpoint to go on from" in (runs / "nothing to resume-0.txt").read_text()
+    assert not (runs / "fresh").exists()
+
+
+def test_a_missing_reference_is_refused(runs: Path) -> None:
+    assert "nowhere" in (runs / "no such reference-0.txt").read_text()
+    assert not (runs / "also-fresh").exists()
