@@ -3,7 +3,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all check sft dpo require-config clean
+.NOTPARALLEL:
+.PHONY: help venv test test-all check sft dpo demo-start demo-sft demo-dpo clean
 
 CONFIG ?=
 ARGS ?=
@@ -15,8 +16,11 @@ ifeq ($(strip $(PYTHON)),)
   override PYTHON := .venv/bin/python
   ENVIRONMENT := .venv/.installed
 endif
+# The demo's folder and seed; `make dpo DEMO=runs/demo1 SEED=1` is the same with other scenes and other weights.
+DEMO ?= runs/demo
+SEED ?= 0
 # Recipes read these from the environment, in quotes: a path with spaces, quotes or semicolons stays one word.
-export PYTHON CONFIG NPROC
+export PYTHON CONFIG NPROC SEED
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # A console script would not start from a folder with a space in its name; `-m` does. The folder of the interpreter's
 # scripts goes on PATH because DeepSpeed looks for `ninja` there.
@@ -45,24 +49,45 @@ check: $(ENVIRONMENT)  ## Lint, check the formatting and the types
 	@"$$PYTHON" -m ruff format --check .
 	@"$$PYTHON" -m mypy $(CODE)
 
-sft:  ## Train with SFT: CONFIG=run.yaml
-dpo:  ## Train with DPO: CONFIG=run.yaml
-sft dpo: require-config $(ENVIRONMENT)
+sft:  ## The demo chain up to SFT; with CONFIG=run.yaml that SFT run alone
+dpo:  ## The demo chain up to DPO; with CONFIG=run.yaml that DPO run alone
+ifneq ($(strip $(CONFIG)),)
+sft dpo: $(ENVIRONMENT)
 	@$(LAUNCH) launch/train_$@.py "$$CONFIG" $(ARGS)
+else
+# A picture before the long install: drawing needs Pillow alone.
+sft dpo: %: demo-start $(DEMO)/data/scenes.png $(ENVIRONMENT) $(DEMO)/%.done
+	@"$$PYTHON" launch/demo.py table $@ $(DEMO)
+endif
 
-require-config:
-	@if [ -z "$$CONFIG" ]; then \
-	  echo 'CONFIG is absent: the demo without arguments comes with a later release; give CONFIG=run.yaml' >&2; exit 2; fi
+demo-start: $(if $(ENVIRONMENT),.venv/bin/python)
+	@"$$PYTHON" launch/demo.py start $(filter sft dpo,$(MAKECMDGOALS)) $(DEMO)
 
-# torch and torchvision come first, together and unpinned: torchvision only imports beside the torch of its own release.
-# -qq keeps the addresses of package mirrors out of logs.
-.venv/.installed: setup.py
+$(DEMO)/data/scenes.png:
+	@$(if $(ENVIRONMENT),"$$PYTHON" -m pip install -qq pillow)
+	@"$$PYTHON" -m data_tools.demo.sheet $@ positions "$$SEED"
+	@echo 'a picture of the scenes: $@'
+
+# Each step is made once. A .done file is written when a stage came to its end; one that was stopped goes on.
+$(DEMO)/data/demo.json: | $(ENVIRONMENT)
+	@"$$PYTHON" -m data_tools demo --out $(DEMO)/data --seed "$$SEED"
+$(DEMO)/align.done: $(DEMO)/data/demo.json
+$(DEMO)/sft.done: $(DEMO)/align.done
+$(DEMO)/dpo.done: $(DEMO)/sft.done
+$(DEMO)/%.done:
+	@$(ON_PATH) "$$PYTHON" launch/demo.py stage $* $(DEMO) $(if $(filter $*,$(MAKECMDGOALS)),$(ARGS))
+
+.venv/bin/python:
 	@python=''; for candidate in python3 python3.13 python3.12 python3.11; do \
 	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
 	  then python="$$candidate"; break; fi; done; \
 	if [ -z "$$python" ]; then \
 	  echo 'found no Python 3.11 to 3.13 on PATH; install one, or give PYTHON= of an environment to use' >&2; exit 2; fi; \
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv
+
+# torch and torchvision come first, together and unpinned: torchvision only imports beside the torch of its own release.
+# -qq keeps the addresses of package mirrors out of logs.
+.venv/.installed: setup.py | .venv/bin/python
 	@echo 'installing into .venv (a few minutes and about 6 GB the first time)'
 	@.venv/bin/python -m pip install -qq torch torchvision
 	@.venv/bin/python -m pip install -qq -e '.[test,check]'

@@ -90,7 +90,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 def _add_shared(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("all commands")
-    group.add_argument("--dry-run", action="store_true", help="read and check, say what would be written, write nothing")
+    group.add_argument(
+        "--dry-run", action="store_true", help="read and check, say what would be written, write nothing"
+    )
     group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     group.add_argument("--workers", type=_count, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
     loudness = group.add_mutually_exclusive_group()

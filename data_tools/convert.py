@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.records import Drop, Record
+from data_tools.records import Drop, ImageBytes, Record
 from pivot.data.images import ImageError, decode_rgb, image_extension
 from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample
 
@@ -42,7 +42,7 @@ def convert(record: Record, trusted: Sequence[Path]) -> Packed | Drop:
     """The sample that `record` becomes. Images are read only from below `trusted` (resolved folders)."""
     try:
         _check_texts(record)
-        files = [_find_image(path, record.folders, trusted).read_bytes() for path in record.images]
+        files = [_read_image(image, record.folders, trusted) for image in record.images]
         return _pack(record, files)
     except Rejected as rejected:
         reason, detail = rejected.args
@@ -58,18 +58,32 @@ def split_prompt(prompt: str, num_images: int) -> list[dict[str, Any]]:
 
     The line break behind a placeholder is left out: the chat template puts one there. Raises Rejected.
     """
-    pieces = prompt.split(IMAGE_PLACEHOLDER)
-    found = len(pieces) - 1
-    if found == 0:
-        pieces = [""] * num_images + [prompt]
-    elif found != num_images:
+    return split_messages([("user", prompt)], num_images)[0]["content"]
+
+
+def split_messages(turns: Sequence[tuple[str, str]], num_images: int) -> list[dict[str, Any]]:
+    """The messages of a prompt, images numbered through all of them. Raises Rejected when their number is another."""
+    found = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    if found not in (0, num_images):
         raise Rejected(
             "image-token mismatch", f"the prompt has {found} {IMAGE_PLACEHOLDER}, the row {num_images} images"
         )
+    first_of_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), 0)
+    messages, shown = [], 0
+    for number, (role, text) in enumerate(turns):
+        pieces = text.split(IMAGE_PLACEHOLDER)
+        if not found and number == first_of_user:
+            pieces = [""] * num_images + [text]
+        messages.append({"role": role, "content": _parts(pieces, shown)})
+        shown += len(pieces) - 1
+    return messages
+
+
+def _parts(pieces: Sequence[str], first_image: int) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for number, piece in enumerate(pieces):
         if number:
-            parts.append({"type": "image", "image": number - 1})
+            parts.append({"type": "image", "image": first_image + number - 1})
             piece = piece.removeprefix("\n")
         if piece:
             parts.append({"type": "text", "text": piece})
@@ -78,12 +92,21 @@ def split_prompt(prompt: str, num_images: int) -> list[dict[str, Any]]:
 
 def _check_texts(record: Record) -> None:
     for field in ("chosen", "rejected"):
-        if not getattr(record, field).strip():
+        text = getattr(record, field)
+        if text is not None and not text.strip():
             raise Rejected("zero-length completion", f"field {field} is blank")
-    if record.chosen.strip() == record.rejected.strip():
+    if record.rejected is not None and record.chosen.strip() == record.rejected.strip():
         raise Rejected("chosen equals rejected", record.chosen[:80])
     if not record.prompt.replace(IMAGE_PLACEHOLDER, "").strip() and not record.images:
         raise Rejected("empty prompt", "neither text nor image")
+
+
+def _read_image(image: str | ImageBytes, folders: Sequence[str], trusted: Sequence[Path]) -> bytes:
+    if isinstance(image, str):
+        return _find_image(image, folders, trusted).read_bytes()
+    if len(image.data) > MAX_IMAGE_BYTES:
+        raise Rejected("undecodable image", f"{image.name}: more than {MAX_IMAGE_BYTES} bytes")
+    return image.data
 
 
 def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> Path:
@@ -111,27 +134,29 @@ def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> P
 
 def _pack(record: Record, files: list[bytes]) -> Packed:
     images, image_members = [], []
-    for number, (path, data) in enumerate(zip(record.images, files, strict=True)):
+    for number, (image, data) in enumerate(zip(record.images, files, strict=True)):
+        origin = image if isinstance(image, str) else image.name
         try:
             extension = image_extension(data)
             height, width = decode_rgb(data).shape[:2]  # upright, as the loader will see it
         except ImageError as error:
-            raise Rejected("undecodable image", f"{path}: {error}") from error
+            raise Rejected("undecodable image", f"{origin}: {error}") from error
         member = extension if len(files) == 1 else f"img{number}.{extension}"
         sha256 = hashlib.sha256(data).hexdigest()
-        images.append({"member": member, "w": width, "h": height, "sha256": sha256, "origin": path})
+        images.append({"member": member, "w": width, "h": height, "sha256": sha256, "origin": origin})
         image_members.append((member, data))
-    sample = {
+    prompt = split_messages([*record.history, ("user", record.prompt)], len(files))
+    completions = {"chosen": record.chosen} | ({} if record.rejected is None else {"rejected": record.rejected})
+    sample: Sample = {
         "v": SAMPLE_VERSION,
         "id": record.id,
-        "kind": "preference",
-        "prompt": [{"role": "user", "content": split_prompt(record.prompt, len(files))}],
-        "chosen": [{"role": "assistant", "content": record.chosen}],
-        "rejected": [{"role": "assistant", "content": record.rejected}],
+        "kind": record.kind,
+        "prompt": prompt,
+        **{role: [{"role": "assistant", "content": text}] for role, text in completions.items()},
         "images": images,
         "answer": record.answer,
         "rejected_images": None,
-        "margin": None,
+        "margin": record.margin,
         "source": record.source,
         "meta": {},
     }

@@ -36,6 +36,18 @@ class Journal:
         self.state: dict[str, Any] | None = None
 
     def __enter__(self) -> Journal:
+        try:
+            return self._open()
+        except BaseException:
+            self._release()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _open(self) -> Journal:
         if not self._manifest.is_file():
             self._take_lock()
         self.finished = self._manifest.is_file()
@@ -47,12 +59,11 @@ class Journal:
             self._require_empty()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _release(self) -> None:
         if self._lock is not None:
             Path(self._lock.name).unlink(missing_ok=True)
             self._lock.close()
+            self._lock = None
             if self.state is None and not any(self.out.iterdir()):  # nothing came of it
                 self.out.rmdir()
 

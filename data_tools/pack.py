@@ -8,27 +8,27 @@ with others is refused. `manifest.json` comes last: a folder without it is not a
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.convert import Packed, convert
-from data_tools.readers import find_reader
+from data_tools.convert import IMAGE_PLACEHOLDER, Packed, convert
+from data_tools.journal import Journal
+from data_tools.readers import Reader, find_reader
 from data_tools.records import Drop, Record
 from data_tools.writer import ShardWriter, write_json
-from pivot.data.shards import INDEX_RECORD, MANIFEST_VERSION, SHARD_NAME, Shard, key_hash, set_fingerprint
+from pivot.data.shards import INDEX_RECORD, SHARD_NAME, Shard, key_hash
 
-TOOL_VERSION = 1  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
+TOOL_VERSION = 2  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
 CHUNK = 16  # records per message to a worker
 NUM_EXAMPLES = 3  # dropped rows shown for each reason
 
@@ -39,8 +39,10 @@ class PackOptions:
     out: Path
     name: str | None = None  # None: that of the source
     format: str = "auto"
+    mapping: Mapping[str, str] = field(default_factory=dict)  # field -> column
     image_roots: tuple[Path, ...] = ()
     allow_roots: tuple[Path, ...] = ()
+    turns: str = "last"  # of an SFT conversation: last | each answer becomes a sample
     workers: int = 1
     max_drop: float = 0.01  # share of the rows
     samples_per_shard: int = 2000
@@ -53,7 +55,9 @@ class Tally:
 
     rows: int = 0
     digest: str = ""  # chained over the rows
+    kind: str = ""  # of the first sample, and so of all
     images: int = 0
+    untrained_answers: int = 0  # in the history of SFT samples: read, but no loss is taken on them
     drops: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -73,7 +77,10 @@ class Tally:
     def keep(self, record: Record, packed: Packed) -> None:
         source = self.sources.setdefault(packed.source, {"samples": 0, "repeat_time": record.repeat_time})
         source["samples"] += 1
+        self.kind = record.kind
         self.images += len(packed.members) - 1
+        if record.rejected is None:
+            self.untrained_answers += sum(role == "assistant" for role, _ in record.history)
 
     def drop(self, drop: Drop) -> None:
         self.drops[drop.reason] = self.drops.get(drop.reason, 0) + 1
@@ -98,29 +105,50 @@ def pack(options: PackOptions, progress: Callable[[Tally], None] = lambda tally:
 
     Raises ValueError for a source that no reader knows, and for an output folder that holds another pack.
     """
-    format, reader = find_reader(options.source, options.format)
-    name = options.name or _default_name(options.source)
-    if not SHARD_NAME.fullmatch(name[:73]) or len(name) > 73:  # 7 more for the number
-        raise ValueError(f"--name {name!r}: expected at most 73 letters, digits, _ and -")
-    journal = _Journal(options.out, _identity(options, name, format))
-    tally, shards = journal.load()
-    rows = reader.read(options.source, options.image_roots)
-    _skip(rows, tally, options.out)
-    if journal.finished:
-        _refuse_more(rows, options.out)
-        return PackResult(tally, shards, complete=True)
-    _clear_leftovers(options.out, shards)
-    _write_shards(rows, options, name, tally, shards, journal, progress)
-    complete = tally.drop_ratio <= options.max_drop
-    _write_stats(options.out, tally, shards)
-    if complete:
-        if not shards:
-            raise ValueError(f"{options.source}: no sample is left; the reasons are in {options.out}/stats.json")
-        journal.finish(_manifest(name, tally, shards))
+    format, reader = find_reader(options.source, options.format, options.mapping)
+    name = _name_of(options)
+    with Journal(options.out, _identity(options, name, format)) as journal:
+        tally = Tally(**journal.state["tally"]) if journal.state else Tally()
+        shards = journal.shards
+        rows = _rows(reader, options)
+        _skip(rows, tally, options.out)
+        if journal.finished:
+            _refuse_more(rows, options.out)
+            return PackResult(tally, shards, complete=True)
+        journal.save(shards, tally=asdict(tally))
+        journal.clear_leftovers()
+        _write_shards(rows, options, name, tally, shards, journal, progress)
+        complete = tally.drop_ratio <= options.max_drop
+        _write_stats(options.out, tally, shards)
+        if complete:
+            if not shards:
+                raise ValueError(f"{options.source}: no sample is left; the reasons are in {options.out}/stats.json")
+            facts = {"images": tally.images, "sources": tally.sources, "drops": tally.drops, "tally": asdict(tally)}
+            journal.finish(shards, name=name, kind=tally.kind, **facts)
     return PackResult(tally, shards, complete)
 
 
-def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+def try_pack(options: PackOptions, progress: Callable[[Tally], None] = lambda tally: None) -> tuple[Tally, int]:
+    """(tally, bytes) of what `pack` would do: every image is decoded and nothing is written."""
+    _, reader = find_reader(options.source, options.format, options.mapping)
+    _name_of(options)
+    tally, seen, size = Tally(), set[int](), 0
+    for row, result in _converted(_rows(reader, options), options):
+        result = _judge(row, result, tally, seen)
+        if isinstance(result, Packed):
+            size += result.num_bytes
+            tally.keep(row, result)
+            seen.add(key_hash(result.key))
+        else:
+            tally.drop(result)
+        tally.read(row)
+        progress(tally)
+    return tally, size
+
+
+def ordered_map(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, chunk: int = CHUNK
+) -> Iterator[tuple[Any, Any]]:
     """(item, function(item)) in the order of the items, with a bounded number of them under way."""
     if workers <= 1:
         yield from ((item, function(item)) for item in items)
@@ -129,20 +157,66 @@ def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: i
     waiting: deque[tuple[list[Any], Future]] = deque()
     with ProcessPoolExecutor(workers) as pool:
         while True:
-            while len(waiting) < 3 * workers and (chunk := list(islice(items, CHUNK))):
-                waiting.append((chunk, pool.submit(_map_chunk, function, chunk)))
+            while len(waiting) < 3 * workers and (batch := list(islice(items, chunk))):
+                waiting.append((batch, pool.submit(_map_chunk, function, batch)))
             if not waiting:
                 return
-            chunk, future = waiting.popleft()
-            yield from zip(chunk, future.result(), strict=True)
+            batch, future = waiting.popleft()
+            yield from zip(batch, future.result(), strict=True)
 
 
 def _map_chunk(function: Callable[[Any], Any], chunk: list[Any]) -> list[Any]:
     return [function(item) for item in chunk]
 
 
+def _rows(reader: Reader, options: PackOptions) -> Iterator[Record | Drop]:
+    for row in reader.read(options.source, options.image_roots):
+        if options.turns == "each" and isinstance(row, Record) and row.rejected is None:
+            yield from each_answer(row)
+        else:
+            yield row
+
+
+def each_answer(record: Record) -> Iterator[Record]:
+    """An SFT record for every answer of the conversation, the messages before it as its prompt.
+
+    Images go with the placeholders that a prompt holds; without any placeholder every record gets all of them.
+    """
+    turns = [*record.history, ("user", record.prompt), ("assistant", record.chosen)]
+    number = 0
+    for end in range(1, len(turns)):
+        if (turns[end - 1][0], turns[end][0]) != ("user", "assistant"):
+            continue
+        before = turns[:end]
+        shown = sum(text.count(IMAGE_PLACEHOLDER) for _, text in before)
+        named = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns[:-1])
+        images = record.images[:shown] if named == len(record.images) else record.images
+        yield replace(
+            record,
+            id=f"{record.id}#{number}",
+            history=tuple(before[:-1]),
+            prompt=before[-1][1],
+            chosen=turns[end][1],
+            images=images,
+        )
+        number += 1
+
+
 def _convert(row: Record | Drop, trusted: tuple[Path, ...]) -> Packed | Drop:
     return row if isinstance(row, Drop) else convert(row, trusted)
+
+
+def _converted(rows: Iterable[Record | Drop], options: PackOptions) -> Iterator[tuple[Any, Packed | Drop]]:
+    return ordered_map(partial(_convert, trusted=_trusted(options)), rows, options.workers)
+
+
+def _judge(row: Record | Drop, result: Packed | Drop, tally: Tally, seen: set[int]) -> Packed | Drop:
+    """The result, unless the set as a whole has no place for it."""
+    if isinstance(result, Packed) and key_hash(result.key) in seen:
+        return Drop("duplicate", row.id, "equal conversation and images")
+    if isinstance(result, Packed) and tally.kind and result.sample["kind"] != tally.kind:
+        return Drop("another kind", row.id, f"{result.sample['kind']}, the first sample is {tally.kind}; pack it apart")
+    return result
 
 
 def _trusted(options: PackOptions) -> tuple[Path, ...]:
@@ -157,35 +231,47 @@ def _write_shards(
     name: str,
     tally: Tally,
     shards: list[Shard],
-    journal: _Journal,
+    journal: Journal,
     progress: Callable[[Tally], None],
 ) -> None:
     seen = _known_keys(options.out, shards)
     writer: ShardWriter | None = None
-    for row, result in ordered_map(partial(_convert, trusted=_trusted(options)), rows, options.workers):
-        if isinstance(result, Packed) and key_hash(result.key) in seen:
-            result = Drop("duplicate", row.id, "equal conversation and images")
-        if isinstance(result, Packed):
-            if writer is not None and _is_full(writer, result, options):
-                shards.append(writer.close())
-                journal.save(tally, shards)  # before this row counts: it is not in the shard
-                writer = None
-            writer = writer or ShardWriter(options.out, f"{name}-{len(shards):06d}")
-            writer.add(result)
-            seen.add(key_hash(result.key))
-            tally.keep(row, result)
-        else:
-            tally.drop(result)
-        tally.read(row)
-        progress(tally)
-    if writer is not None:
-        shards.append(writer.close())
-    journal.save(tally, shards)
+    try:
+        for row, result in _converted(rows, options):
+            result = _judge(row, result, tally, seen)
+            if isinstance(result, Packed):
+                if writer is not None and _is_full(writer, result, options):
+                    shards.append(writer.close())
+                    writer = None
+                    journal.save(shards, tally=asdict(tally))  # before this row counts: it is not in the shard
+                writer = writer or ShardWriter(options.out, f"{name}-{len(shards):06d}")
+                writer.add(result)
+                seen.add(key_hash(result.key))
+                tally.keep(row, result)
+            else:
+                tally.drop(result)
+            tally.read(row)
+            progress(tally)
+        if writer is not None:
+            shards.append(writer.close())
+            writer = None
+        journal.save(shards, tally=asdict(tally))
+    except OSError:
+        if writer is not None:
+            writer.abandon()
+        raise
 
 
 def _is_full(writer: ShardWriter, packed: Packed, options: PackOptions) -> bool:
     too_many = len(writer) >= options.samples_per_shard
     return too_many or writer.num_bytes + packed.num_bytes > options.bytes_per_shard
+
+
+def _name_of(options: PackOptions) -> str:
+    name = options.name or _default_name(options.source)
+    if not SHARD_NAME.fullmatch(name[:73]) or len(name) > 73:  # 7 more for the number
+        raise ValueError(f"--name {name!r}: expected at most 73 letters, digits, _ and -")
+    return name
 
 
 def _default_name(source: Path) -> str:
@@ -199,53 +285,14 @@ def _identity(options: PackOptions, name: str, format: str) -> dict[str, Any]:
     return {
         "name": name,
         "format": format,
+        "mapping": dict(options.mapping),
         "image_roots": [str(root) for root in options.image_roots],
         "allow_roots": [str(root) for root in options.allow_roots],
+        "turns": options.turns,
         "samples_per_shard": options.samples_per_shard,
         "bytes_per_shard": options.bytes_per_shard,
         "tool_version": TOOL_VERSION,
     }
-
-
-class _Journal:
-    """How far a pack has come: pack.json while it runs, manifest.json when it is complete."""
-
-    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
-        self._out, self._identity = out, identity
-        self._path, self._manifest = out / "pack.json", out / "manifest.json"
-        self.finished = self._manifest.is_file()
-
-    def load(self) -> tuple[Tally, list[Shard]]:
-        """The state to go on from. Raises ValueError when the folder holds something else."""
-        path = self._manifest if self.finished else self._path
-        if not path.is_file():
-            if self._out.exists() and any(self._out.iterdir()):
-                raise ValueError(f"{self._out} is not empty and holds no pack; choose another --out")
-            self._out.mkdir(parents=True, exist_ok=True)
-            self.save(Tally(), [])
-            return Tally(), []
-        state = json.loads(path.read_text())
-        changed = [
-            f"{key} was {state['options'].get(key)!r}, is {value!r}"
-            for key, value in self._identity.items()
-            if state["options"].get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"{self._out} holds a pack with other options ({'; '.join(changed)}); choose another --out"
-            )
-        return Tally(**state["tally"]), [Shard(**shard) for shard in state["shards"]]
-
-    def save(self, tally: Tally, shards: list[Shard]) -> None:
-        write_json(self._path, self._state(tally, shards))
-
-    def finish(self, manifest: dict[str, Any]) -> None:
-        write_json(self._manifest, manifest | {"options": self._identity})
-        self._path.unlink()
-
-    def _state(self, tally: Tally, shards: list[Shard]) -> dict[str, Any]:
-        listed = [asdict(shard) for shard in shards]
-        return {"options": self._identity, "tally": asdict(tally), "shards": listed}
 
 
 def _skip(rows: Iterator[Record | Drop], done: Tally, out: Path) -> None:
@@ -264,14 +311,6 @@ def _refuse_more(rows: Iterator[Record | Drop], out: Path) -> None:
         raise ValueError(f"{out} holds a complete pack, and the input has more rows now; choose another --out")
 
 
-def _clear_leftovers(out: Path, shards: list[Shard]) -> None:
-    """Remove what an interrupted run left behind the last shard that the journal knows."""
-    known = {shard.name for shard in shards}
-    for path in chain((out / "shards").glob("*"), (out / "index").glob("*")):
-        if path.name.split(".")[0] not in known or path.name.endswith(".part"):
-            path.unlink()
-
-
 def _known_keys(out: Path, shards: list[Shard]) -> set[int]:
     indexes = [np.fromfile(out / "index" / f"{shard.name}.idx", dtype=INDEX_RECORD) for shard in shards]
     return {int(key) for index in indexes for key in index["key_hash"]}
@@ -281,19 +320,3 @@ def _write_stats(out: Path, tally: Tally, shards: list[Shard]) -> None:
     kept = {"samples": sum(shard.samples for shard in shards), "images": tally.images}
     counts = {"rows": tally.rows, **kept, "bytes": sum(shard.bytes for shard in shards)}
     write_json(out / "stats.json", {**counts, "drops": tally.drops, "examples": tally.examples})
-
-
-def _manifest(name: str, tally: Tally, shards: list[Shard]) -> dict[str, Any]:
-    return {
-        "version": MANIFEST_VERSION,
-        "name": name,
-        "kind": "preference",
-        "samples": sum(shard.samples for shard in shards),
-        "images": tally.images,
-        "bytes": sum(shard.bytes for shard in shards),
-        "sources": tally.sources,
-        "drops": tally.drops,
-        "fingerprint": set_fingerprint(shards),
-        "shards": [asdict(shard) for shard in shards],
-        "tally": asdict(tally),
-    }

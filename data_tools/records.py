@@ -56,7 +56,7 @@ class Drop:
 
 
 def as_images(value: Any) -> tuple[str | ImageBytes, ...] | None:
-    """The images of a row: a path, bytes, {bytes, path}, a list of these, or nothing. None when it is something else."""
+    """The images of a row: a path, bytes, {bytes, path}, a list of these or nothing; None for anything else."""
     if value is None or value == "":
         return ()
     if isinstance(value, list | tuple):

@@ -1,64 +1,94 @@
-"""`info` and `validate`: what a packed data set holds, and whether every byte of it is what was packed."""
+"""`validate`: whether every byte of a packed data set is what was packed, and every sample one to train on."""
 
 from __future__ import annotations
 
 import hashlib
 import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.pack import ordered_map
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.samples import ROLES_OF_KIND, message_text
-from pivot.data.shards import INDEX_RECORD, DamagedSample, Shard, ShardSet, key_hash
+from pivot.data.shards import DamagedSample, Shard, ShardSet, key_hash
 
 
-def describe(folder: Path) -> dict[str, str]:
-    """field -> value, for people."""
+@dataclass
+class Found:
+    num_samples: int
+    num_images: int
+    problems: list[str] = field(default_factory=list)
+
+
+def validate(
+    folder: Path,
+    *,
+    fast: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int, str], None] = lambda done, total, remark: None,
+) -> Found:
+    """Hashes, index against tar, keys, texts, and every image decoded; with `fast` what the index tells alone.
+
+    Raises ValueError when the set cannot be opened at all.
+    """
     shards = ShardSet.open(folder)
-    index, manifest = shards.index, shards.manifest
-    sources = (
-        f"{name}: {source['samples']:,} samples, repeat_time {source['repeat_time']:g}"
-        for name, source in manifest["sources"].items()
-    )
-    facts = {
-        "name": shards.name,
-        "kind": shards.kind,
-        "samples": f"{len(shards):,}",
-        "images": f"{int(index['n_images'].sum()):,}",
-        "bytes": f"{sum(shard.bytes for shard in shards.shards):,}",
-        "shards": str(len(shards.shards)),
-        "fingerprint": shards.fingerprint,
-        "sources": "\n".join(sources),
-        "dropped": ", ".join(f"{reason}: {count}" for reason, count in manifest["drops"].items()) or "none",
-        "largest image": f"{index['img_w'].max()} x {index['img_h'].max()} (widest, highest)",
-    }
-    for field in ("prompt", "chosen", "rejected"):
-        low, middle, high = np.percentile(index[f"chars_{field}"], [0, 50, 100])
-        facts[f"letters of {field}"] = f"{low:.0f} to {high:.0f}, half of them up to {middle:.0f}"
-    return facts
-
-
-def validate(folder: Path) -> tuple[int, list[str]]:
-    """(samples read, problems found): hashes, index against tar, keys, texts, and every image decoded."""
-    shards = ShardSet.open(folder)
-    problems = [problem for shard in shards.shards for problem in _check_tar(folder, shard)]
+    found = Found(len(shards), int(shards.index["n_images"].sum()))
     keys, counts = np.unique(shards.index["key_hash"], return_counts=True)
-    problems += [f"{folder}: key_hash {int(key):016x} occurs more than once" for key in keys[counts > 1]]
-    for row in range(len(shards)):
+    found.problems += [f"{folder}: key_hash {int(key):016x} occurs more than once" for key in keys[counts > 1]]
+    found.problems += _check_spans(shards)
+    if fast:
+        return found
+    done = 0
+    # A shard a time: each worker reads its own file from front to back.
+    for number, problems in ordered_map(
+        partial(_check_shard, str(folder)), range(len(shards.shards)), workers, chunk=1
+    ):
+        found.problems += problems
+        done += shards.shards[number].samples
+        progress(done, len(shards), f"{len(found.problems)} problems")
+    return found
+
+
+def _check_spans(shards: ShardSet) -> list[str]:
+    """The index must tile each shard from its start."""
+    problems = []
+    for number, shard in enumerate(shards.shards):
+        index = shards.index[shards.first_rows[number] : shards.first_rows[number + 1]]
+        ends = np.cumsum(index["span"].astype(np.int64))
+        starts = np.concatenate([[0], ends[:-1]])
+        if (index["offset"].astype(np.int64) != starts).any() or ends[-1] > shard.bytes:
+            problems.append(f"{shards.folder}/index/{shard.name}.idx does not tile its shard; pack it again")
+    return problems
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: str) -> ShardSet:
+    """Once in each worker: sent with every task, a large index would be copied every time."""
+    return ShardSet.open(folder)
+
+
+def _check_shard(folder: str, number: int) -> list[str]:
+    shards = _opened(folder)
+    problems = _check_tar(shards, number)
+    for row in range(int(shards.first_rows[number]), int(shards.first_rows[number + 1])):
         try:
             problems += [f"{shards.describe(row)}: {problem}" for problem in _check_sample(shards, row)]
         except (DamagedSample, ValueError) as error:
             problems.append(str(error))
-    return len(shards), problems
+    return problems
 
 
-def _check_tar(folder: Path, shard: Shard) -> list[str]:
-    path = folder / "shards" / f"{shard.name}.tar"
+def _check_tar(shards: ShardSet, number: int) -> list[str]:
+    shard: Shard = shards.shards[number]
+    path = shards.fetch(number)
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             return [f"{path}: sha256 differs from manifest.json; copy the shard again"]
-    index = np.fromfile(folder / "index" / f"{shard.name}.idx", dtype=INDEX_RECORD)
+    index = shards.index[shards.first_rows[number] : shards.first_rows[number + 1]]
     with tarfile.open(path) as tar:
         heads = [(m.offset, key_hash(m.name.removesuffix(".json"))) for m in tar if m.name.endswith(".json")]
     if heads != [(int(record["offset"]), int(record["key_hash"])) for record in index]:
@@ -69,6 +99,8 @@ def _check_tar(folder: Path, shard: Shard) -> list[str]:
 def _check_sample(shards: ShardSet, row: int) -> list[str]:
     sample, files = shards.read(row)
     problems = []
+    if sample["kind"] != shards.kind:
+        problems.append(f"kind {sample['kind']} in a set of kind {shards.kind}")
     texts = [message_text(sample[role]).strip() for role in ROLES_OF_KIND[sample["kind"]]]
     if not all(texts):
         problems.append("zero-length completion")

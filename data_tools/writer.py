@@ -46,6 +46,20 @@ class ShardWriter:
         self._records.append(_index_record(packed, offset, self._writer.tarstream.offset - offset))
         self.num_bytes = self._writer.tarstream.offset
 
+    def add_raw(self, entries: bytes, record: np.ndarray) -> None:
+        """The tar entries of a sample that is packed already, byte for byte, with its index record."""
+        moved = record.copy()
+        moved["offset"] = self._writer.tarstream.offset
+        self._file.write(entries)
+        self._writer.tarstream.offset += len(entries)
+        self._records.append(moved)
+        self.num_bytes = self._writer.tarstream.offset
+
+    def abandon(self) -> None:
+        """Remove what was written, after a failure; a full disk is not left full."""
+        self._file.close()
+        _part(self._tar_path).unlink(missing_ok=True)
+
     def close(self) -> Shard:
         """Finish both files and rename them into place."""
         self._writer.close()

@@ -17,11 +17,11 @@ USAGE = """usage: deepspeed launch/train_{objective}.py CONFIG [key=value ...] [
   --check         read settings and data, show what would run, load no weights
   --print-config  print the resolved settings"""
 
-OK, FAILED, USAGE_ERROR = 0, 1, 2
+OK, FAILED, USAGE_ERROR, AGAIN = 0, 1, 2, 75  # 75 is sysexits' EX_TEMPFAIL: the same command goes on
 
 
 def main(objective: str, arguments: list[str]) -> int:
-    """Run the training script of `objective`; the exit code: 0 done, 1 failed, 2 to be mended by the user."""
+    """Run the training script of `objective`; the exit code: 0 done, 1 failed, 2 for the user to mend, 75 stopped by a signal."""
     flags = {word for word in arguments if word.startswith("-") and not word.startswith("--local_rank")}
     words = [word for word in arguments if not word.startswith("-")]
     if flags & {"-h", "--help"}:
@@ -42,10 +42,10 @@ def main(objective: str, arguments: list[str]) -> int:
         from pivot import distributed, train
 
         try:
-            train.train(config, check_only="--check" in flags)
+            status = train.train(config, check_only="--check" in flags)
         finally:
             distributed.stop()
-        return OK
+        return AGAIN if status == train.PREEMPTED else OK
     except Exception as error:
         return report(error)
 

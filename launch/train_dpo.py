@@ -1,4 +1,4 @@
-"""Train a multimodal LLM with DPO: `deepspeed launch/train_dpo.py CONFIG [key=value ...] [--check | --print-config]`."""
+"""Train a multimodal LLM with DPO: `deepspeed launch/train_dpo.py CONFIG [key=value ...]`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a multimodal LLM with SFT: `deepspeed launch/train_sft.py CONFIG [key=value ...] [--check | --print-config]`."""
+"""Train a multimodal LLM with SFT: `deepspeed launch/train_sft.py CONFIG [key=value ...]`."""
 
 import sys
 

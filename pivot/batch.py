@@ -147,6 +147,16 @@ class PackedBatch:
         """float32[P]: the weight of each pair, which its completions share."""
         return self.completion_weight[self.by_role[CHOSEN]]
 
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, from where it travels to a GPU while that computes."""
+        pinned: dict[str, object] = {}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, Tensor) and spec.name != "sample_index":
+                pinned[spec.name] = value.pin_memory()
+        pinned["by_role"] = {role: index.pin_memory() for role, index in self.by_role.items()}
+        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]  # mypy cannot see the field names
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; the segments and `sample_index` stay on the host."""
         moved: dict[str, object] = {}

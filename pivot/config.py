@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,26 @@ class ImageConfig:
 
 
 @dataclass
+class TrainSource:
+    """One set of `data.train` and how much of it: at most one of the three, and weights for all sets or for none."""
+
+    path: str
+    weight: float | None = None  # share of the stream, relative to the other weights
+    repeat: float | None = None  # times that each sample comes in an epoch; 0.5: every other epoch
+    choose: int | None = None  # samples per epoch, the next ones in the next
+
+
+@dataclass
 class DataConfig:
-    train: str = MISSING  # a folder written by `python -m data_tools pack`
+    # A folder written by `python -m data_tools pack` or its https, s3, gs or hf address; or a list of these and of
+    # {path, weight | repeat | choose}: a mixture, exact in every 1,000 samples (see TrainSource).
+    train: Any = MISSING
     eval: str | None = None  # held-out pairs in the same form; None: no evaluation
     max_tokens: int = 2048  # image + prompt + longer completion; a longer pair is excluded and counted, never cut
     cache_dir: str | None = None  # side-cars (lengths, reference log-probs); None: beside the set, else output_dir
+    exclude: str | None = None  # samples to leave out: a list made by `python -m data_tools exclude`
+    shard_cache: str | None = None  # folder for the shards of remote sets; None: `fetched` in cache_dir
+    shard_cache_gb: float = 200.0  # the most that it may take
     chat_template: str | None = None  # a Jinja file or text; None: the tokenizer's own
     image: ImageConfig = field(default_factory=ImageConfig)
     workers: int = 2  # loader processes per rank; 0 reads in the training process
@@ -204,7 +219,7 @@ def _merge(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:
         raise ConfigError(f"{source}: {error.full_key + ': ' if error.full_key else ''}{text}") from error
 
 
-_FREE_FORM = {"objective.dpo.loss"}  # their keys are values, checked where they are used
+_FREE_FORM = {"objective.dpo.loss", "data.train"}  # their keys are values, checked where they are used
 _OPTIONAL_SECTIONS = {"objective.sft": SFTConfig, "objective.dpo": DPOConfig}
 
 
@@ -286,6 +301,7 @@ _CHOICES = {
 _RANGES: dict[str, tuple[float, float]] = {
     "data.max_tokens": (2, float("inf")),
     "data.workers": (0, 256),
+    "data.shard_cache_gb": (0.001, float("inf")),
     "objective.dpo.beta": (1e-12, float("inf")),
     "objective.dpo.label_smoothing": (0.0, 0.499999),
     "optim.warmup_ratio": (0.0, 1.0),
@@ -328,7 +344,39 @@ def _check(config: Config) -> None:
     _check_contradictions(config)
 
 
+def read_train_sources(train: Any) -> list[TrainSource]:
+    """`data.train` as a list. Raises ConfigError, naming the entry, when it is none of the forms."""
+    entries = train if isinstance(train, list) else [train]
+    sources = [_read_train_source(entry, f"data.train[{i}]") for i, entry in enumerate(entries)]
+    if not sources:
+        raise ConfigError("data.train: an empty list; expected at least one folder")
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        without = next(source.path for source in sources if source.weight is None)
+        raise ConfigError(
+            f"data.train: {without} has no weight but {weighted[0].path} has; give all of them one, or none"
+        )
+    return sources
+
+
+def _read_train_source(entry: Any, where: str) -> TrainSource:
+    if isinstance(entry, str) and entry:
+        return TrainSource(entry)
+    names = [spec.name for spec in fields(TrainSource)]
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not set(entry) <= set(names):
+        raise ConfigError(f"{where}: found {entry!r}, expected a folder, or a mapping of {', '.join(names)}")
+    amounts = {name: value for name, value in entry.items() if name != "path" and value is not None}
+    if len(amounts) > 1:
+        raise ConfigError(f"{where}: found {' and '.join(amounts)}; expected one of weight, repeat, choose")
+    for name, value in amounts.items():
+        wanted = "a whole number" if name == "choose" else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if name == "choose" else int | float) or value <= 0:
+            raise ConfigError(f"{where}.{name}: found {value!r}, expected {wanted} above 0")
+    return TrainSource(**entry)
+
+
 def _check_contradictions(config: Config) -> None:
+    read_train_sources(config.data.train)
     if not config.optim.trained():
         raise ConfigError("optim: every component's lr is null, nothing would train; give at least one a rate")
     if (config.train.max_steps is None) == (config.train.num_epochs is None):
@@ -355,7 +403,8 @@ def _check_loss(dpo: DPOConfig) -> None:
         raise ConfigError(f"objective.dpo.loss: found {dpo.loss!r}, expected a name or a mapping name: weight")
     for name, weight in dpo.loss.items():
         if not isinstance(weight, int | float) or isinstance(weight, bool) or weight < 0:
-            raise ConfigError(f"objective.dpo.loss.{name}: found {weight!r}, expected a weight of 0 or more")
+            hint = f"; put a space behind the colon: {name.replace(':', ': ')}" if ":" in str(name) else ""
+            raise ConfigError(f"objective.dpo.loss.{name}: found {weight!r}, expected a weight of 0 or more{hint}")
 
 
 # What the run YAML owns. A DeepSpeed JSON that names one of these would be a second owner of the same number.

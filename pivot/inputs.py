@@ -13,13 +13,17 @@ import torch
 
 from pivot import distributed
 from pivot.batch import CHOSEN, REJECTED
-from pivot.config import COMPONENTS, Config, read_deepspeed_json
+from pivot.config import COMPONENTS, Config, TrainSource, read_deepspeed_json, read_train_sources
+from pivot.data.exclude import read_excluded
 from pivot.data.lengths import build_lengths, load_lengths
+from pivot.data.order import build_mixture
 from pivot.data.plan import Plan
+from pivot.data.remote import WINDOW_SHARDS, ShardCache, is_remote
 from pivot.data.shards import ShardSet
 from pivot.distributed import World
 from pivot.engine import build_deepspeed_config
 from pivot.evaluate.held_out import HeldOut, open_held_out
+from pivot.flops import training_costs
 from pivot.models.build import Sources, settle_sources
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
@@ -55,8 +59,8 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     folder = config.objective.dpo.reference if config.objective.dpo is not None else None
     reference = sources if folder is None else settle_sources(replace(config, init_from=folder, init_parts=None))
     processor = build_processor(sources.model, config.data)
-    shards = ShardSet.open(config.data.train)
-    cache_dir = distributed.broadcast(_settle_cache_dir(config, config.data.train))
+    shards = open_data(config)
+    cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))
     with distributed.shared_failure("counting tokens"):
         if world.is_main:
             build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"))
@@ -64,7 +68,9 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     distributed.require_equal("the data plan", plan.fingerprint)
     steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
     held_out = _open_held_out(config, processor, objective, world, say)
-    return Inputs(sources, reference, processor, objective, shards, cache_dir, plan, held_out, max(1, steps), deepspeed, dtype)
+    return Inputs(
+        sources, reference, processor, objective, shards, cache_dir, plan, held_out, max(1, steps), deepspeed, dtype
+    )
 
 
 def _open_held_out(
@@ -77,7 +83,7 @@ def _open_held_out(
         processor,
         world,
         roles=objective.roles,
-        cache_dir=distributed.broadcast(_settle_cache_dir(config, config.data.eval)),
+        cache_dir=distributed.broadcast(settle_cache_dir(config, config.data.eval)),
         num_samples=config.evaluate.num_samples,
         max_tokens=config.data.max_tokens,
         max_tokens_per_micro_batch=config.train.max_tokens_per_micro_batch,
@@ -91,10 +97,18 @@ def _settle_dtype(precision: str, world: World) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _settle_cache_dir(config: Config, data: str) -> Path:
+def open_data(config: Config) -> ShardSet:
+    """The sets of `data.train`, joined; the shards of remote ones are fetched when they are read."""
+    paths = [source.path for source in read_train_sources(config.data.train)]
+    folder = config.data.shard_cache or settle_cache_dir(config, config.data.train) / "fetched"
+    cache = ShardCache(folder, int(config.data.shard_cache_gb * 1e9)) if any(map(is_remote, paths)) else None
+    return ShardSet.join([ShardSet.open(path, cache) for path in paths])
+
+
+def settle_cache_dir(config: Config, data: Any) -> Path:
     if config.data.cache_dir is not None:
         return Path(config.data.cache_dir)
-    beside = Path(data)
+    beside = Path(read_train_sources(data)[0].path)
     return beside if os.access(beside, os.W_OK) else Path(config.output_dir) / "cache"
 
 
@@ -102,6 +116,8 @@ def build_plan(
     config: Config, shards: ShardSet, processor: Processor, cache_dir: Path, world: World, **changes: Any
 ) -> Plan:
     """The run's plan; `changes` are arguments of Plan that another walk over the same pairs needs."""
+    sources = read_train_sources(config.data.train)
+    plain = len(sources) == 1 and sources[0] == TrainSource(sources[0].path)
     settings: dict[str, Any] = {
         "fingerprint": shards.fingerprint,
         "shard_sizes": shards.shard_sizes,
@@ -113,6 +129,10 @@ def build_plan(
         "world_size": world.size,
         "roles": (CHOSEN,) if config.objective.sft is not None else (CHOSEN, REJECTED),
         "describe": shards.describe,
+        "window_shards": WINDOW_SHARDS if shards.is_remote else None,
+        "mixture": None if plain else build_mixture(shards, sources),
+        "excluded": None if config.data.exclude is None else read_excluded(config.data.exclude, shards),
+        "costs": training_costs(settle_sources(config).model, processor.geometry.num_tokens, config.optim.trained()),
     }
     return Plan(**(settings | changes))
 

@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from pivot.checkpoint import write_atomically
+from pivot.checkpoint import published, write_atomically
 from pivot.config import Config, ConfigError, load_config, to_yaml
 
 # What a resume may change: nothing here decides which numbers a step computes.
@@ -27,6 +27,8 @@ _FREE_ON_RESUME = (
     "data.train",  # the plan compares the data's fingerprint, so a set may move
     "data.workers",
     "data.cache_dir",
+    "data.shard_cache",
+    "data.shard_cache_gb",
     "train.max_tokens_per_micro_batch",
     "train.activation_checkpointing",
     "train.timeout_s",
@@ -42,9 +44,10 @@ class RunFolder:
         self.export = self.path / "export"
         self._lock: IO[str] | None = None
 
-    def claim(self, config: Config) -> None:
+    def claim(self, config: Config) -> dict[str, Any]:
         """Take the lock and settle whether the folder may be used, as `checkpoint.resume` says; write config.yaml.
 
+        Returns the status that the run had before, {} for a new one.
         Raises ConfigError when the folder is another run's or holds something else, when nothing is there to resume
         and something was required, and when a second process is writing there. Nothing is changed in that case.
         """
@@ -60,10 +63,13 @@ class RunFolder:
             raise ConfigError(f"checkpoint.resume: required, but {self.checkpoints} holds no checkpoint to go on from")
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if config_file.is_file():
+        if config_file.is_file() and published(self.checkpoints):  # without a checkpoint there is nothing to mix up
             require_same_run(load_config(config_file), config)
         write_atomically(config_file, to_yaml(config))
+        status = self.path / "status"
+        before = json.loads(status.read_text()) if status.is_file() else {}
         self.set_status("running")
+        return before
 
     def _take_lock(self) -> None:
         # The kernel lets go of it when the process dies, so there is no stale lock to handle.

@@ -26,7 +26,7 @@ from pivot.data.plan import Plan, StepPlan
 from pivot.data.shards import ShardSet
 from pivot.distributed import StopSignal, World
 from pivot.engine import Engine, gathered, sharded_loading
-from pivot.evaluate import evaluator
+from pivot.evaluate import evaluator, outcomes
 from pivot.inputs import Inputs, Say, build_plan, first_screen, open_inputs
 from pivot.metrics import RunLog, StepMetrics, Timer
 from pivot.models.attention import TREE_ATTENTION
@@ -34,18 +34,21 @@ from pivot.models.build import Sources, build_mllm, weights_fingerprint
 from pivot.models.convert import write_llava
 from pivot.models.mllm import MLLM
 from pivot.reference import ReferenceCache, reference_fingerprint
+from pivot.report import write_report
 from pivot.run import RunFolder
 from pivot.schedule import learning_rate_factor
 from pivot.selfcheck import FP32_MARGIN, REPACKED_PAIRS, REPACKING_FACTOR, GradientWatch, require_zero_margins
 
 VERSIONS = ("torch", "transformers", "deepspeed", "open_clip_torch", "webdataset")  # that the log names
+DONE, PREEMPTED = "done", "preempted"
 MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
 
 
-def train(config: Config, *, check_only: bool = False) -> None:
+def train(config: Config, *, check_only: bool = False) -> str:
     """Run `config` to its end, going on from its own checkpoint where there is one. Collective.
 
-    With `check_only`, settings and data are checked and shown and no weight is loaded. Raises ValueError for what the
+    Returns DONE, or PREEMPTED when a signal asked to stop and the same command goes on. With `check_only`, settings and
+    data are checked and shown and no weight is loaded. Raises ValueError for what the
     user can mend, RuntimeError for what the machine did.
     """
     world = distributed.start(config.train.timeout_s)
@@ -53,19 +56,27 @@ def train(config: Config, *, check_only: bool = False) -> None:
     inputs = open_inputs(config, world, say)
     say(first_screen(config, inputs, world))
     if check_only:
-        return
+        return DONE
     folder = RunFolder(config.output_dir)
+    before: dict[str, Any] = {}
     with distributed.shared_failure(f"opening {folder.path}"):
         if world.is_main:
-            folder.claim(config)
+            before = folder.claim(config)
+    before = distributed.broadcast(before)
+    status: dict[str, Any] = {"status": "failed", "reason": "it ended without a word"}
     try:
-        status = Trainer(config, folder, inputs, world).run()
+        if before.get("status") == DONE and before["step"] >= inputs.total_steps:
+            say(f"this run is finished: {before['step']} steps done, export in {folder.export}")
+            status = before
+        else:
+            status = Trainer(config, folder, inputs, world).run()
     except BaseException as error:
-        if world.is_main:
-            folder.set_status("failed", reason=f"{type(error).__name__}: {error}")
+        status["reason"] = f"{type(error).__name__}: {error}"
         raise
-    if world.is_main:
-        folder.set_status(status)
+    finally:
+        if world.is_main:
+            folder.set_status(**status)
+    return status["status"]
 
 
 def _silent(text: str) -> None:
@@ -120,7 +131,8 @@ class Trainer:
         inputs, held_out = self.inputs, self.inputs.held_out
         if not self.objective.needs_reference:
             return None, None
-        plan = self._plan(limit=inputs.plan.num_pairs, window_shards=1, roles=(CHOSEN, REJECTED))
+        every_pair = {"limit": int(inputs.plan.kept.sum()), "mixture": None}
+        plan = self._plan(**every_pair, window_shards=1, roles=(CHOSEN, REJECTED))
         train = self._open_reference(inputs.shards, inputs.cache_dir, plan)
         if held_out is None:
             return train, None
@@ -211,12 +223,9 @@ class Trainer:
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
-    def run(self) -> str:
-        """Train what is left, then export; "done", or "preempted" when a signal asked to stop (the state is saved)."""
+    def run(self) -> dict[str, Any]:
+        """Train what is left, then export; the status: done, or preempted when a signal came (the state is saved)."""
         total = self.inputs.total_steps
-        if self.step >= total and self.folder.export.is_dir():
-            self.say(f"this run is finished: {self.step} steps done, export in {self.folder.export}")
-            return "done"
         self._log_start()
         stop = StopSignal()
         tolerance = self._margin_tolerance() if self.step == 0 else None
@@ -241,7 +250,7 @@ class Trainer:
                 self._save()
             if stopping and self.step < total:
                 self.say(f"stopped at step {self.step} on a signal; the same command goes on")
-                return "preempted"
+                return {"status": PREEMPTED, "step": self.step}
             if self.step == total:
                 break
             if self.config.evaluate.every_steps and self.step % self.config.evaluate.every_steps == 0:
@@ -250,8 +259,9 @@ class Trainer:
         self._evaluate()
         self._export()
         self.log.event("end", step=self.step)
+        self._report()
         self.log.close()
-        return "done"
+        return {"status": DONE, "step": self.step}
 
     def _train_step(
         self,
@@ -340,6 +350,7 @@ class Trainer:
             first_step=first_step,
             workers=self.config.data.workers,
             bad_samples_dir=bad_samples_dir,
+            pin_memory=self.world.device.type == "cuda",
         )
 
     def _evaluate(self) -> None:
@@ -360,7 +371,7 @@ class Trainer:
             whole_weights=self.engine.whole_weights,
         )
         if self.world.is_main:
-            evaluator.keep(found, self.folder.path, self.step)
+            outcomes.keep(found.answers, found.outcomes, self.folder.path, self.step)
         facts = {"intervals": found.intervals, "skipped": found.skipped, "seconds": found.seconds}
         self.log.evaluation(self.step, found.metrics, **facts)
         self.say(f"evaluated  step {self.step}  {evaluator.describe(found)}")
@@ -395,6 +406,15 @@ class Trainer:
             if self.world.is_main:
                 write_llava(self.folder.export, self.model, state, self.inputs.processor)
                 self.say(f"exported   {self.folder.export}")
+
+    def _report(self) -> None:
+        """The page for people. What it cannot show must not take a finished run down."""
+        if not self.world.is_main:
+            return
+        try:
+            self.say(f"report     {write_report(self.folder.path)}")
+        except Exception as error:
+            self.say(f"no report ({type(error).__name__}: {error}); try python launch/report.py {self.folder.path}")
 
 
 def _margins(batch: PackedBatch, token_logps: Tensor, reference: Tensor) -> Tensor:

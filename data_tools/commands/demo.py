@@ -35,9 +35,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         output.say(f"would draw {options.num_train} training and {options.num_eval} held-out scenes to {options.out}")
         output.result({"out": str(options.out), **wanted.identity()})
         return 0
-    counts = write_demo(
-        wanted, lambda text: print(text, file=sys.stderr, flush=True) if output.loudness else None
-    )
+    counts = write_demo(wanted, lambda text: print(text, file=sys.stderr, flush=True) if output.loudness else None)
     output.say(f"{options.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     output.result({"out": str(options.out), "samples": counts})
     return 0

@@ -19,7 +19,7 @@ from data_tools.demo.questions import CAPTION_REQUEST, NOTHING, OPPOSITES
 from data_tools.demo.scenes import ALL_POSITIONS, COLOURS, DIGITS, SHAPES, SIZES, TEXTURES
 from data_tools.writer import write_json
 
-IMAGE_SIZE, PATCH_SIZE = 64, 8
+IMAGE_SIZE, PATCH_SIZE = 72, 12  # two by two patches in each cell of the grid
 WIDTH, NUM_LAYERS, NUM_HEADS = 128, 3, 4
 VOCAB_SIZE = 512  # 496 are taken, and <image>, which the processor adds, is one more
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -160,7 +160,7 @@ def _outline(thing: Object, random: Random) -> tuple[Image.Image, Image.Image]:
     """The object's shape in a square, and the same a little smaller, for its rim."""
     width = round(SIDE * SCALE / GRID * SIZES[thing.size] * random.uniform(0.92, 1.08))
     turn = random.uniform(-12, 12)
-    return tuple(_draw_shape(thing.shape, width, turn, inset) for inset in (0, 2 * SCALE))  # type: ignore[return-value]
+    return tuple(_draw_shape(thing.shape, width, turn, inset) for inset in (0, SCALE))  # type: ignore[return-value]
 
 
 def _draw_shape(shape: str, width: int, turn: float, inset: int) -> Image.Image:

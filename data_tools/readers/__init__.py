@@ -72,7 +72,9 @@ def find_reader(path: Path, format: str = "auto", mapping: Mapping[str, str] | N
         raise ValueError(f"{path} does not exist; name a folder or file to pack")
     if mapping:
         if format not in ("auto", "generic"):
-            raise ValueError(f"--map names columns of the generic format, and --format is {format}; leave one of them out")
+            raise ValueError(
+                f"--map names columns of the generic format, and --format is {format}; leave one of them out"
+            )
         return "generic", RowReader(Generic(mapping))
     if format != "auto":
         return format, READERS[format]

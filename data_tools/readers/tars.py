@@ -52,12 +52,20 @@ class TarReader:
         if format is None:
             yield Drop("malformed row", key, f"{key}.json has fields of no known format: {', '.join(row)[:100]}")
             return
-        images = [
-            ImageBytes(contents[0], f"{key}{extension}")
-            for extension, contents in sorted(members.items())
-            if extension.endswith(IMAGES)
-        ]
+        names = _named_images(row) or sorted(name for name in members if name.endswith(IMAGES))
+        missing = [name for name in names if name not in members]
+        if missing:
+            yield Drop("missing image", key, f"{key}.json names {missing[0][1:]}, which is no member")
+            return
+        images = [ImageBytes(members[name][0], f"{key}{name}") for name in names]
         yield from read_row(format, {"id": key, **row, "image": images or None, "images": None}, place)
+
+
+def _named_images(row: dict[str, Any]) -> list[str]:
+    """The extensions that our own samples list in order; others do not say."""
+    images = row.get("images")
+    entries = images if isinstance(images, list) else []
+    return [f".{entry['member']}".lower() for entry in entries if isinstance(entry, dict) and entry.get("member")]
 
 
 def _tars(path: Path) -> list[Path]:

@@ -5,9 +5,11 @@ One file per shard, `CACHE_DIR/lengths/PROCESSOR/SHARD.SHA256.npy`, written atom
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ from pivot.data.shards import Shard, ShardSet
 if TYPE_CHECKING:
     from pivot.processor import Processor
 
+BLOCK_ROWS = 500  # between two reports of progress
 LENGTH_RECORD = np.dtype(
     [
         ("prompt", "<u4"),  # all tokens of the prompt, image tokens among them
@@ -64,21 +67,65 @@ def build_lengths(
     processor: Processor,
     cache_dir: str | Path,
     progress: Callable[[int, int], None] | None = None,
+    workers: int = 0,
 ) -> int:
-    """Write the side-cars that are missing and return how many samples that took; `progress` gets (done, all)."""
-    missing = [i for i, shard in enumerate(shards.shards) if not _path(cache_dir, processor, shard).is_file()]
+    """Write the side-cars that are missing and return how many samples that took; `progress` gets (done, all).
+
+    `workers` processes share the shards; with 0 all is done in this one.
+    """
+    missing = missing_lengths(shards, processor, cache_dir)
     total = sum(shards.shards[i].samples for i in missing)
-    done = 0
-    for i in missing:
-        first = int(shards.first_rows[i])
-        records = np.zeros(shards.shards[i].samples, dtype=LENGTH_RECORD)
-        for ordinal in range(len(records)):
-            records[ordinal] = count_tokens(shards, first + ordinal, processor)
-            done += 1
-            if progress is not None and (done % 500 == 0 or done == total):
-                progress(done, total)
-        _write(_path(cache_dir, processor, shards.shards[i]), records)
+    done = reported = 0
+    with _counting(shards, processor, workers if len(missing) > 1 else 0) as count:
+        for i, blocks in count(missing):
+            parts = []
+            for block in blocks:
+                parts.append(block)
+                done += len(block)
+                if progress is not None and (done - reported >= BLOCK_ROWS or done == total):
+                    reported = done
+                    progress(done, total)
+            _write(_path(cache_dir, processor, shards.shards[i]), np.concatenate(parts))
     return total
+
+
+def missing_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path) -> list[int]:
+    """The numbers of the shards whose tokens were not counted yet."""
+    return [i for i, shard in enumerate(shards.shards) if not _path(cache_dir, processor, shard).is_file()]
+
+
+Counter = Callable[[list[int]], Iterator[tuple[int, Iterable[np.ndarray]]]]
+
+
+@contextlib.contextmanager
+def _counting(shards: ShardSet, processor: Processor, workers: int) -> Iterator[Counter]:
+    """A function from shard numbers to (number, blocks of LENGTH_RECORD), in their order."""
+    if not workers:
+        yield lambda numbers: ((i, _count_blocks(shards, processor, i)) for i in numbers)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(shards, processor)) as pool:
+        yield lambda numbers: zip(numbers, pool.map(_count_shard, numbers), strict=True)
+
+
+_worker_state: tuple[ShardSet, Processor] | None = None  # of a worker process: what would be costly to send each time
+
+
+def _start_worker(shards: ShardSet, processor: Processor) -> None:
+    global _worker_state
+    _worker_state = shards, processor
+
+
+def _count_shard(number: int) -> list[np.ndarray]:
+    assert _worker_state is not None
+    return list(_count_blocks(*_worker_state, number))
+
+
+def _count_blocks(shards: ShardSet, processor: Processor, number: int) -> Iterator[np.ndarray]:
+    first, last = int(shards.first_rows[number]), int(shards.first_rows[number + 1])
+    for start in range(first, last, BLOCK_ROWS):
+        rows = range(start, min(start + BLOCK_ROWS, last))
+        yield np.array([count_tokens(shards, row, processor) for row in rows], dtype=LENGTH_RECORD)
 
 
 def load_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path) -> Lengths:

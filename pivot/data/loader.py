@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pivot.batch import PackedBatch
+from pivot.data.ahead import FetchAhead
 from pivot.data.collate import Example, collate
 from pivot.data.images import ImageError, load_image
 from pivot.data.plan import Plan, StepPlan
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 MAX_BAD_RATIO = 0.001
 MIN_BAD = 5  # so that a short run survives a handful
 MAX_BAD_IN_A_ROW = 20
+
+
+PREFETCH = 4  # micro-batches that each worker reads ahead; some 4 MB each
 
 
 class Task(NamedTuple):
@@ -63,9 +67,10 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, task: Task) -> Made:
         examples, bad = [], {}
+        decoded: dict[str, Tensor] = {}  # of this micro-batch: pairs about one image share its pixels
         for place, row in enumerate(task.rows):
             try:
-                examples.append(self._load(row))
+                examples.append(self._load(row, decoded))
             except (DamagedSample, ImageError) as error:
                 examples.append(Example(row, None))
                 bad[place] = self._bad_record(task.step, row, str(error))
@@ -73,15 +78,18 @@ class MicroBatches(Dataset):
         batch = collate(examples, self._roles, processor.geometry, processor.image_token_id)
         return Made(batch, task.rows, bad)
 
-    def _load(self, row: int) -> Example:
+    def _load(self, row: int, decoded: dict[str, Tensor]) -> Example:
         try:
             sample, files = self._shards.read(row)
         except DamagedSample:
             sample, files = self._shards.read(row)  # a network file system may do better the second time
         encoded = self._processor.encode(sample["prompt"], completions_of(sample, self._roles))
         self._check_lengths(row, encoded, len(files))
-        pixels: list[Tensor] = [load_image(data, self._processor.geometry) for data in files]
-        return Example(row, encoded, pixels, [image["sha256"] for image in sample["images"]])
+        names = [image["sha256"] for image in sample["images"]]
+        for name, data in zip(names, files, strict=True):
+            if name not in decoded:
+                decoded[name] = load_image(data, self._processor.geometry)
+        return Example(row, encoded, [decoded[name] for name in names], names)
 
     def _check_lengths(self, row: int, encoded: EncodedPair, num_images: int) -> None:
         found = {"prompt": len(encoded.prompt)} | {r: len(encoded.completions[r]) for r in self._roles}
@@ -101,7 +109,7 @@ class MicroBatches(Dataset):
         shard, ordinal = self._shards.locate(row)
         record = self._shards.index[row]
         return {
-            "dataset": self._shards.name,
+            "dataset": self._shards.part_of(shard).name,
             "shard": self._shards.shards[shard].name,
             "ordinal": ordinal,
             "key_hash": f"{int(record['key_hash']):016x}",
@@ -132,9 +140,11 @@ class Loader:
         first_step: int = 0,
         workers: int = 0,
         bad_samples_dir: str | Path | None = None,  # None: they are logged only
+        pin_memory: bool = False,  # batches in page-locked memory, for a GPU
     ) -> None:
         self._source = MicroBatches(shards, plan, processor)
-        self.plan, self._rank, self._workers = plan, rank, workers
+        self.plan, self._rank, self._workers, self._pin_memory = plan, rank, workers, pin_memory
+        self._shards = shards
         self._bad_samples = Path(bad_samples_dir) / f"bad-samples-rank{rank}.jsonl" if bad_samples_dir else None
         self._steps = first_step  # consumed, not read ahead
         self._planned: deque[StepPlan] = deque()  # of the steps whose tasks were handed out
@@ -144,14 +154,21 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[StepPlan, Iterator[PackedBatch]]]:
         self._planned.clear()
-        made = iter(self._open_stream())
-        while self.plan.num_steps is None or self._steps < self.plan.num_steps:
-            first = self._next(made)  # draws the step's tasks, and so its plan
-            step_plan = self._planned.popleft()
-            micro_batches = self._step(step_plan, first, made)
-            yield step_plan, micro_batches
-            for _ in micro_batches:
-                pass  # what the caller left unread still belongs to this step
+        made = iter(self._open_stream())  # forks the workers; threads start after that
+        ahead = FetchAhead(self._shards, self.plan, self._steps) if self._shards.is_remote else None
+        try:
+            while self.plan.num_steps is None or self._steps < self.plan.num_steps:
+                if ahead is not None:
+                    ahead.move_to(self._steps)
+                first = self._next(made)  # draws the step's tasks, and so its plan
+                step_plan = self._planned.popleft()
+                micro_batches = self._step(step_plan, first, made)
+                yield step_plan, micro_batches
+                for _ in micro_batches:
+                    pass  # what the caller left unread still belongs to this step
+        finally:
+            if ahead is not None:
+                ahead.stop()
 
     def _step(self, step_plan: StepPlan, first: Made, made: Iterator[Made]) -> Iterator[PackedBatch]:
         self._count(first)
@@ -185,6 +202,8 @@ class Loader:
             sampler=_Once(self._tasks()),
             batch_size=None,
             num_workers=self._workers,
+            prefetch_factor=PREFETCH if self._workers else None,
+            pin_memory=self._pin_memory,
             worker_init_fn=_ignore_signals if self._workers else None,
             generator=torch.Generator(),  # it would draw from the trainer's
         )

@@ -1,9 +1,9 @@
 """Which samples a step holds, and which rank runs which of them: integers computed alike on every rank.
 
-The order is a pure function of (data fingerprint, lengths, seed, position). Nothing is shuffled through a buffer and
-no random state exists, so a resume is a jump, and world size, workers, objective and micro-batch budget cannot change
-which ids a step holds. Step t is positions [t * global_batch_size, (t + 1) * global_batch_size) of an endless stream
-of epochs; a step may straddle the border of two.
+The order (order.py) is a pure function of (data fingerprint, lengths, seed, position), so a resume is a jump, and
+world size, workers, objective and micro-batch budget cannot change which ids a step holds. Step t is positions
+[t * global_batch_size, (t + 1) * global_batch_size) of an endless stream of epochs; a step may straddle the border of
+two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ import numpy as np
 from pivot.batch import REJECTED
 from pivot.counts import StepCounts
 from pivot.data.lengths import Lengths
+from pivot.data.order import ORDER_VERSION, EpochOrder, MixtureOrder, Source
 
-ORDER_VERSION = 1  # part of the plan's fingerprint: raise it whenever the same inputs would give another order
 STATE_FORMAT = 1
 
 
@@ -31,7 +30,8 @@ class Costs:
     """What a unit costs, in any one unit of work (FLOPs serve well); it balances ranks and decides nothing else."""
 
     per_token: float = 1.0  # language model, a token of the row
-    per_image_token: float = 0.0  # encoder, an image token
+    per_image_token: float = 0.0  # encoder and projector, an image token
+    per_target: float = 0.0  # head, a token that is scored
     per_attention: float = 0.0  # a query attending to a key
 
 
@@ -51,58 +51,13 @@ class StepPlan:
         return len(self.micro_batches[0])
 
 
-class EpochOrder:
-    """The endless stream of rows: each epoch holds every kept row once.
-
-    Shards are permuted, cut into windows of `window_shards` (None: one window), and the rows of a window are permuted
-    in full. Windows bound what a reader of remote shards must hold at a time.
-    """
-
-    def __init__(
-        self,
-        fingerprint: str,
-        shard_sizes: Sequence[int],
-        kept: np.ndarray,
-        seed: int,
-        window_shards: int | None = None,
-    ) -> None:
-        self._fingerprint, self._kept, self._seed = fingerprint, kept, seed
-        self._first_rows = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
-        self._window_shards = window_shards or len(shard_sizes)
-        self.num_rows = int(kept.sum())
-        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)  # a step may need two
-
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """int64[count]: the rows at stream positions [first, first + count)."""
-        parts = []
-        while count > 0:
-            epoch, start = divmod(first, self.num_rows)
-            part = self._epoch(epoch)[start : start + count]
-            parts.append(part)
-            first, count = first + len(part), count - len(part)
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-    def _compute_epoch(self, epoch: int) -> np.ndarray:
-        shard_order = permutation(len(self._first_rows) - 1, self._key(epoch, "shards"))
-        windows = []
-        for number, first in enumerate(range(0, len(shard_order), self._window_shards)):
-            spans = [self._first_rows[[s, s + 1]] for s in shard_order[first : first + self._window_shards]]
-            rows = np.concatenate([np.arange(start, end) for start, end in spans])
-            rows = rows[permutation(len(rows), self._key(epoch, "window", number))]
-            windows.append(rows[self._kept[rows]])
-        return np.concatenate(windows)
-
-    def _key(self, *parts: object) -> int:
-        text = json.dumps([ORDER_VERSION, self._fingerprint, self._seed, *parts])
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
 class Plan:
-    """The steps of a run over one data set.
+    """The steps of a run over one data set, or over a `mixture` of the sets that it joins.
 
-    `limit` ends the stream after that many positions, for evaluation and for visiting each pair once; the last step
-    may then hold fewer pairs. `describe` names a row in messages. Raises ValueError when nothing is kept, when
-    `roles` asks for completions that samples lack, and when the longest kept pair is over the micro-batch budget.
+    `excluded` is bool[rows]: what an exclude list names. `limit` ends the stream after that many positions, for
+    evaluation and for visiting each pair once; the last step may then hold fewer pairs. `describe` names a row in
+    messages. Raises ValueError when nothing is kept, when `roles` asks for completions that samples lack, and when the
+    longest kept pair is over the micro-batch budget.
     """
 
     def __init__(
@@ -119,6 +74,8 @@ class Plan:
         roles: tuple[str, ...],
         costs: Costs = Costs(),
         window_shards: int | None = None,
+        mixture: Sequence[Source] | None = None,
+        excluded: np.ndarray | None = None,
         limit: int | None = None,
         describe: Callable[[int], str] = "row {}".format,
     ) -> None:
@@ -126,7 +83,7 @@ class Plan:
         self.lengths, self.seed, self.roles, self.limit = lengths, seed, roles, limit
         self.global_batch_size, self.world_size = global_batch_size, world_size
         self._budget = max_tokens_per_micro_batch
-        self.kept, self.exclusions = _exclude(lengths, max_tokens)  # bool[rows], reason -> count
+        self.kept, self.exclusions = _exclude(lengths, max_tokens, excluded)  # bool[rows], reason -> count
         self.parts: dict[str, Any] = {
             "data": fingerprint[:16],
             "lengths": lengths.fingerprint[:16],
@@ -135,8 +92,11 @@ class Plan:
             "window_shards": window_shards,
             "order_version": ORDER_VERSION,
         }
-        self.num_pairs = int(self.kept.sum())
-        if not self.num_pairs:
+        if mixture:
+            self.parts["mixture"] = [source.facts() for source in mixture]
+        if excluded is not None and excluded.any():
+            self.parts["data.exclude"] = hashlib.sha256(np.packbits(excluded).tobytes()).hexdigest()[:16]
+        if not self.kept.any():
             raise ValueError(f"no sample is left to train on; excluded: {self.exclusions}")
         if REJECTED in roles and not lengths.rejected[self.kept].all():
             row = int(np.flatnonzero(self.kept & (lengths.rejected == 0))[0])
@@ -144,7 +104,13 @@ class Plan:
         self._row_tokens = lengths.prompt + lengths.completion_tokens(roles)
         self._check_budget(describe)
         self._costs = _unit_costs(lengths, roles, costs)
-        self._order = EpochOrder(fingerprint, shard_sizes, self.kept, seed, window_shards)
+        self._order: EpochOrder | MixtureOrder
+        if mixture:
+            assert sum(source.samples for source in mixture) == len(lengths), "lengths of another mixture"
+            self._order = MixtureOrder(mixture, self.kept, seed, window_shards)
+        else:
+            self._order = EpochOrder(fingerprint, shard_sizes, self.kept, seed, window_shards)
+        self.num_pairs = self._order.num_rows  # of one epoch; a mixture may repeat rows or leave some for the next
 
     @property
     def fingerprint(self) -> str:
@@ -196,10 +162,11 @@ class Plan:
         """The first step of a run that resumes from `state`. Raises ValueError, naming what changed."""
         if state.get("format") != STATE_FORMAT:
             raise ValueError(f"the checkpoint's data state has format {state.get('format')}, expected {STATE_FORMAT}")
+        before: dict[str, Any] = state["plan"]
         changed = [
-            f"{name} was {state['plan'].get(name)}, is {value}"
-            for name, value in self.parts.items()
-            if state["plan"].get(name) != value
+            f"{name} was {before.get(name)}, is {self.parts.get(name)}"
+            for name in {**self.parts, **before}
+            if before.get(name) != self.parts.get(name)
         ]
         if state["pairs"] != state["steps"] * self.global_batch_size:
             changed.append(
@@ -220,16 +187,6 @@ class Plan:
                 f"train.max_tokens_per_micro_batch is {self._budget}, but the longest pair, {describe(longest)}, "
                 f"needs {tokens} tokens; raise it to {tokens}, or lower data.max_tokens to exclude such pairs"
             )
-
-
-def permutation(n: int, key: int) -> np.ndarray:
-    """int64[n]: the order of splitmix64(i XOR key). Not numpy's generator, whose stream may change with its version."""
-    with np.errstate(over="ignore"):
-        z = (np.arange(n, dtype=np.uint64) ^ np.uint64(key)) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return np.argsort(z, kind="stable").astype(np.int64)
 
 
 def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
@@ -322,7 +279,7 @@ def _costliest_first(units: Sequence[int], costs: Sequence[float]) -> list[int]:
     return sorted(units, key=lambda unit: (-costs[unit], unit))
 
 
-def _exclude(lengths: Lengths, max_tokens: int) -> tuple[np.ndarray, dict[str, int]]:
+def _exclude(lengths: Lengths, max_tokens: int, excluded: np.ndarray | None) -> tuple[np.ndarray, dict[str, int]]:
     """bool[rows] of what is kept, and the count of each reason for the rest.
 
     It looks at both completions whatever the objective scores, so that SFT and DPO twins keep the same pairs.
@@ -331,6 +288,7 @@ def _exclude(lengths: Lengths, max_tokens: int) -> tuple[np.ndarray, dict[str, i
     exclusions = {}
     longest = lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)
     reasons = {
+        "named in data.exclude": np.zeros(len(lengths), dtype=bool) if excluded is None else excluded,
         "chosen equals rejected": lengths.same == 1,
         "zero-length completion": lengths.chosen == 0,
         "longer than data.max_tokens": longest > max_tokens,
@@ -350,4 +308,10 @@ def _unit_costs(lengths: Lengths, roles: tuple[str, ...], costs: Costs) -> np.nd
     for role in roles:
         length = getattr(lengths, role)
         attention = attention + length * (length + 1) / 2 + length * lengths.prompt
-    return costs.per_token * tokens + costs.per_image_token * lengths.image + costs.per_attention * attention
+    targets = lengths.completion_tokens(roles)
+    return (
+        costs.per_token * tokens
+        + costs.per_target * targets
+        + costs.per_image_token * lengths.image
+        + costs.per_attention * attention
+    )

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "memory")  # memory is fsspec's own, for tests
 WINDOW_SHARDS = 8  # of a remote set: what the order mixes at a time, and so what has to lie here at a time
 TRIES = 4
+ABANDONED_S = 3600.0  # after which a .part that nobody writes to may go
 FIRST_WAIT_S = 0.5  # doubles
 CHUNK = 1 << 20
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
@@ -69,8 +70,8 @@ class ShardCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
                 if not _touch(path):  # another process fetched it meanwhile
-                    self._make_room(num_bytes)
-                    _download(url, path, sha256)
+                    part = self._make_room(path, num_bytes)
+                    _download(url, part, path, sha256)
         return path
 
     def read(self, url: str) -> bytes:
@@ -82,14 +83,21 @@ class ShardCache:
 
     def _files(self) -> list[tuple[float, int, Path]]:
         found = []
-        for path in self.folder.glob("*/*.tar"):
+        for path in self.folder.glob("*/*.tar*"):
+            if path.suffix not in (".tar", ".part"):
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process removes too
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))
         return sorted(found)
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Remove the shards used longest ago. Whoever has one open reads on; who needs it again fetches it again."""
+    def _make_room(self, path: Path, num_bytes: int) -> Path:
+        """A .part file of the size to come, after removing the shards used longest ago.
+
+        Whoever has one of them open reads on; who needs it again fetches it again. A .part that a killed process left
+        behind goes the same way.
+        """
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         if num_bytes > self.max_bytes:
             raise ValueError(
                 f"{self.folder}: a shard of {num_bytes} bytes is over the cap of {self.max_bytes}; raise it"
@@ -97,16 +105,19 @@ class ShardCache:
         with _locked(self.folder / "evict.lock"):
             files = self._files()
             used = sum(size for _, size, _ in files)
-            for _, size, path in files:
+            for used_at, size, old in files:
                 if used + num_bytes <= self.max_bytes:
-                    return
-                path.unlink(missing_ok=True)
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                    break
+                if old.suffix == ".part" and time.time() - used_at < ABANDONED_S:
+                    continue  # being written
+                old.unlink(missing_ok=True)
                 used -= size
+            with part.open("wb") as file:
+                file.truncate(num_bytes)  # counts from now on
+        return part
 
 
-def _download(url: str, path: Path, sha256: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def _download(url: str, part: Path, path: Path, sha256: str) -> None:
     try:
         found = _try_often(url, lambda: _copy(url, part))
         if found != sha256:
@@ -122,10 +133,11 @@ def _download(url: str, path: Path, sha256: str) -> None:
 def _copy(url: str, part: Path) -> str:
     """Fetch into `part`; the content's sha256."""
     digest = hashlib.sha256()
-    with _open(url) as source, part.open("wb") as target:
+    with _open(url) as source, part.open("r+b") as target:
         while chunk := source.read(CHUNK):
             digest.update(chunk)
             target.write(chunk)
+        target.truncate()
         target.flush()
         os.fsync(target.fileno())
     return digest.hexdigest()

@@ -194,6 +194,11 @@ class ShardSet:
         shard = int(np.searchsorted(self.first_rows, row, side="right")) - 1
         return shard, row - int(self.first_rows[shard])
 
+    def part_of(self, shard: int) -> Part:
+        """The part that a shard belongs to."""
+        ends = np.cumsum([len(part.shards) for part in self.parts])
+        return self.parts[int(np.searchsorted(ends, shard, side="right"))]
+
     def describe(self, row: int) -> str:
         """The row in words, for messages."""
         shard, ordinal = self.locate(row)
@@ -334,6 +339,6 @@ def _read_index(folder: str, shard: Shard, cache: ShardCache | None, records: np
     if size != records.nbytes:
         raise ValueError(f"{path} holds {size} bytes, expected 64 for each of {shard.samples} samples; pack it again")
     with path.open("rb") as file:
-        file.readinto(records.view(np.uint8))
-    if hashlib.sha256(records).hexdigest() != shard.idx_sha256:  # type: ignore[arg-type]  # an array is a buffer
+        file.readinto(records.view(np.uint8).data)
+    if hashlib.sha256(records.view(np.uint8).data).hexdigest() != shard.idx_sha256:
         raise ValueError(f"{path}: sha256 differs from manifest.json; the index is damaged: copy the data set again")

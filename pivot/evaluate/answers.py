@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_DIGITS = {
-    word: str(value)
-    for value, words in enumerate("zero none|one|two|three|four|five|six|seven|eight|nine|ten".split("|"))
-    for word in words.split()
-}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 _APOSTROPHES = re.compile(r"['’]")
 # Points and colons between digits are part of a number or a time.

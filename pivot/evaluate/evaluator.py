@@ -7,13 +7,10 @@ evaluation.metrics["eval/preference_accuracy"], evaluation.intervals["eval/prefe
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +23,7 @@ from pivot.evaluate import intervals
 from pivot.evaluate.answers import is_right
 from pivot.evaluate.held_out import HeldOut, group_array
 from pivot.evaluate.intervals import Interval
+from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, Outcomes, SampleAnswer
 from pivot.evaluate.pairs import preferred, preferred_per_token, score_pairs
 from pivot.evaluate.vqa import answer_questions
 from pivot.models.mllm import MLLM
@@ -35,33 +33,18 @@ if TYPE_CHECKING:
     from pivot.objectives import Objective
     from pivot.reference import ReferenceCache
 
-PREFERENCE = "eval/preference_accuracy"
-VQA = "eval/vqa_accuracy"
-
-
-@dataclass(frozen=True)
-class SampleAnswer:
-    """What the model said to one held-out question; `right` is None where the sample carries no answer."""
-
-    row: int
-    id: str
-    question: str
-    answer: str
-    generated: str
-    right: bool | None
-
 
 @dataclass(frozen=True)
 class Evaluation:
     metrics: dict[str, float]
-    outcomes: dict[str, np.ndarray]  # metric -> float64[samples] of 0, 1/2, 1; and "METRIC/row", "METRIC/group"
+    outcomes: Outcomes
     answers: list[SampleAnswer]
     skipped: dict[str, str] = field(default_factory=dict)  # metric -> why there is none
     seconds: float = 0.0
 
     @property
     def intervals(self) -> dict[str, Interval]:
-        names = [name for name in (PREFERENCE, VQA) if name in self.outcomes]
+        names = [name for name in (PREFERENCE, VQA, REWARDS) if name in self.outcomes]
         return {name: intervals.share(self.outcomes[name], self.outcomes[f"{name}/group"]) for name in names}
 
 
@@ -87,13 +70,15 @@ def evaluate(
     loader = Loader(held_out.shards, held_out.plan, processor, rank=world.rank, workers=workers)
     records, means = score_pairs(loader, forward, world, objective=objective, reference=reference)
     metrics = {f"eval/{name}": value for name, value in means.items()}
-    outcomes: dict[str, np.ndarray] = {}
+    outcomes: Outcomes = {}
     skipped: dict[str, str] = {}
     metrics["eval/num_samples"] = len(records)
     if held_out.has_pairs and len(records):
         _add(outcomes, PREFERENCE, preferred(records), records["row"], held_out)
         metrics[PREFERENCE] = float(outcomes[PREFERENCE].mean())
         metrics[f"{PREFERENCE}_per_token"] = float(preferred_per_token(records).mean())
+        if reference is not None:
+            _add(outcomes, REWARDS, (records["margin"] > 0).astype(np.float64), records["row"], held_out)
     else:
         skipped[PREFERENCE] = "the held-out set has no rejected completions"
     with whole_weights() as alone:
@@ -136,50 +121,10 @@ def _per_kind(held_out: HeldOut, right: dict[int, bool]) -> dict[str, float]:
     return found if blind is None else found | {f"{VQA}_blind": blind}
 
 
-def _add(outcomes: dict[str, np.ndarray], name: str, values: np.ndarray, rows: np.ndarray, held_out: HeldOut) -> None:
+def _add(outcomes: Outcomes, name: str, values: np.ndarray, rows: np.ndarray, held_out: HeldOut) -> None:
     outcomes[name] = values
     outcomes[f"{name}/row"] = rows.astype(np.int64)
     outcomes[f"{name}/group"] = group_array(held_out, rows)
-
-
-# -- what a run keeps of it ----------------------------------------------------------------------------------------
-
-
-def keep(evaluation: Evaluation, folder: Path, step: int) -> None:
-    """Add the answers to `folder`/samples.jsonl, and write every sample's outcome to `folder`/held_out/."""
-    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for answer in evaluation.answers:
-            file.write(json.dumps({"step": step} | asdict(answer), ensure_ascii=False) + "\n")
-    path = outcomes_path(folder, step)
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **{name.replace("/", ":"): values for name, values in evaluation.outcomes.items()})
-    part.replace(path)
-
-
-def outcomes_path(folder: Path, step: int) -> Path:
-    return folder / "held_out" / f"step-{step:08d}.npz"
-
-
-def read_outcomes(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """What `keep` wrote of `Evaluation.outcomes`; {} where there is nothing."""
-    path = outcomes_path(folder, step)
-    if not path.is_file():
-        return {}
-    with np.load(path, allow_pickle=False) as file:
-        return {name.replace(":", "/"): file[name] for name in file.files}
-
-
-def compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray], name: str) -> Interval | None:
-    """after - before in metric `name`, paired over the samples that both have; None where they share none."""
-    if name not in before or name not in after:
-        return None
-    _, first, second = np.intersect1d(before[f"{name}/row"], after[f"{name}/row"], return_indices=True)
-    groups = before[f"{name}/group"][first]
-    if not len(first) or not np.array_equal(groups, after[f"{name}/group"][second]):
-        return None
-    return intervals.difference(before[name][first], after[name][second], groups)
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -188,8 +133,7 @@ def describe(evaluation: Evaluation) -> str:
     parts = [f"{name.removeprefix('eval/')} {found[name]:.4g}" for name in ("eval/loss",) if name in found]
     for name, interval in evaluation.intervals.items():
         parts.append(f"{name.removeprefix('eval/')} {interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
-    for name in ("eval/rewards/accuracies", "eval/rewards/margins"):
-        if name in found:
-            parts.append(f"{name.removeprefix('eval/')} {found[name]:.3f}")
+    if "eval/rewards/margins" in found:
+        parts.append(f"rewards/margins {found['eval/rewards/margins']:.3f}")
     parts += [f"no {name.removeprefix('eval/')}: {reason}" for name, reason in evaluation.skipped.items()]
     return "  ".join(parts) + f"  ({evaluation.seconds:.0f} s)"

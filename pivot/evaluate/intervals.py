@@ -34,7 +34,7 @@ def share(values: np.ndarray, groups: np.ndarray) -> Interval:
     bootstrap, Wilson's interval has a width at a share of 0 or 1 too.
     """
     n, mean = len(values), float(values.mean())
-    simple = mean * (1 - mean) / n
+    simple = mean * (1 - mean) / max(1, n - 1)
     effect = max(1.0, _cluster_variance(values, groups) / simple) if simple > 0 else n / len(np.unique(groups))
     n_effective = n / effect
     spread = Z * math.sqrt(mean * (1 - mean) / n_effective + Z**2 / (4 * n_effective**2))

@@ -26,6 +26,7 @@ PAIR_RECORD = np.dtype(
         ("rejected_logp", "<f4"),
         ("chosen_tokens", "<u4"),
         ("rejected_tokens", "<u4"),
+        ("margin", "<f4"),  # nat that chosen gained on rejected over the reference; NaN without one
     ]
 )
 
@@ -48,21 +49,26 @@ def score_pairs(
         for host_batch in micro_batches:
             batch = host_batch.to(world.device)
             token_logps = forward(batch)
-            parts.append(_records(host_batch, batch.completion_logps(token_logps).float().cpu()))
+            found = reference.lookup(host_batch) if reference is not None else None
+            parts.append(_records(host_batch, batch.completion_logps(token_logps).float().cpu(), found))
             if objective is not None:
-                found = reference.lookup(host_batch).to(world.device) if reference is not None else None
-                terms.add(objective(token_logps, batch, found), host_batch)
+                on_device = None if found is None else found.to(world.device)
+                terms.add(objective(token_logps, batch, on_device), host_batch)
     gathered = distributed.gather((np.concatenate(parts), terms.sums()))
     records = np.concatenate([records for records, _ in gathered])
     return records[np.argsort(records["row"], kind="stable")], terms.means([sums for _, sums in gathered])
 
 
-def _records(batch: PackedBatch, logps: Tensor) -> np.ndarray:
+def _records(batch: PackedBatch, logps: Tensor, reference: Tensor | None) -> np.ndarray:
     records = np.zeros(batch.num_pairs, dtype=PAIR_RECORD)
     records["row"] = batch.sample_index.numpy()
     for role, index in batch.by_role.items():
         records[f"{role}_logp"] = logps[index].numpy()
         records[f"{role}_tokens"] = batch.completion_tokens[index].numpy()
+    records["margin"] = np.nan
+    if reference is not None:
+        gained = (logps - reference).numpy()
+        records["margin"] = gained[batch.by_role[CHOSEN]] - gained[batch.by_role[REJECTED]]
     real = (batch.sample_index != DUMMY_SAMPLE) & (batch.pair_weight() > 0)
     return records[real.numpy()]
 

@@ -12,6 +12,8 @@ Letters: B = 1 batch, H query heads, K key-value heads, T tokens, Q and L querie
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,11 +58,16 @@ def tree_attention(
         raise ValueError(f"segments cover {segments.num_tokens} tokens, the row holds {query.shape[2]}")
     groups = query.shape[1] // key.shape[1]
     outputs = []
-    for chain in segments.chains:
-        chain_key, chain_value = (_gather(x, chain).repeat_interleave(groups, dim=1) for x in (key, value))
+    # Split, not sliced chain by chain: the gradient of a slice is a zero-filled row, so that backward would take the
+    # row's length times the number of chains. The chains tile the row.
+    chains = segments.chains
+    sizes = [chain.num_queries for chain in chains]
+    queries, keys, values = (states.split(sizes, dim=2) for states in (query, key, value))
+    for number, chain in enumerate(chains):
+        chain_key, chain_value = (_gather(pieces, chains, number, groups) for pieces in (keys, values))
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, chain.start : chain.end],
+                queries[number],
                 chain_key,
                 chain_value,
                 attn_mask=_bottom_right_mask(segments, chain, query.device) if chain.prefix else None,
@@ -71,12 +78,14 @@ def tree_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _gather(states: Tensor, chain: Chain) -> Tensor:
-    """[1, K, T, D] -> [1, K, L, D]: the ancestors' spans, root first, then the chain's own."""
-    own = states[:, :, chain.start : chain.end]
-    if not chain.prefix:
-        return own
-    return torch.cat([states[:, :, start:end] for start, end in chain.prefix] + [own], dim=2)
+def _gather(pieces: tuple[Tensor, ...], chains: tuple[Chain, ...], number: int, groups: int) -> Tensor:
+    """One [1, K, Q, D] per chain -> [1, H, L, D]: the ancestors' spans of chain `number`, root first, then its own."""
+    parts = []
+    for start, end in chains[number].prefix:
+        owner = bisect_right(chains, start, key=lambda chain: chain.start) - 1
+        parts.append(pieces[owner][:, :, start - chains[owner].start : end - chains[owner].start])
+    states = torch.cat([*parts, pieces[number]], dim=2) if parts else pieces[number]
+    return states.repeat_interleave(groups, dim=1) if groups > 1 else states
 
 
 def _bottom_right_mask(segments: Segments, chain: Chain, device: torch.device) -> Tensor:

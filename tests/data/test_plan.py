@@ -5,7 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from pivot.data.plan import Costs, EpochOrder, best_fit_decreasing, cut, deal, permutation
+from pivot.data.order import EpochOrder, permutation
+from pivot.data.plan import Costs, best_fit_decreasing, cut, deal
 from tests.data.fakes import plan_of, random_lengths
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_tools.readers import find_reader, llava_dpo, mmpr
+from data_tools.readers import READERS, find_reader, mmpr
 from data_tools.records import Drop
 
 GOOD = {"question": "What?", "chosen": "A cup.", "rejected": "No."}
@@ -65,7 +65,7 @@ def test_llava_dpo(tmp_path, suffix):
     path = tmp_path / f"pairs{suffix}"
     path.write_text(json.dumps(ROWS) if suffix == ".json" else "\n".join(map(json.dumps, ROWS)))
     assert find_reader(path, "auto")[0] == "llava_dpo"
-    records = list(llava_dpo.read(path, [tmp_path / "coco"]))
+    records = list(READERS["llava_dpo"].read(path, [tmp_path / "coco"]))
     assert (records[0].id, records[0].images, records[0].answer) == ("pairs/x/1", ("a.png",), "A")
     assert records[0].folders == (str(tmp_path / "coco"), str(tmp_path))
     assert (records[1].id, records[1].images) == ("pairs/000000001", ())

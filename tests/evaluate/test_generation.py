@@ -1,4 +1,4 @@
-"""Greedy answers: those of stock transformers on the same folder, whatever the padding, and the model left as it was."""
+"""Greedy answers: those of stock transformers on the same folder, whatever the padding; the model is left as it was."""
 
 from __future__ import annotations
 

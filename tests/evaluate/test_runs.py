@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from pivot.evaluate.outcomes import PREFERENCE, VQA, compare, read_outcomes
 from tests.evaluate.sets import make_answered_set
 from tests.ranks import run_ranks
 from tests.tiny import tiny_llava
-
-from pivot.evaluate.evaluator import PREFERENCE, VQA, compare, read_outcomes
 
 NUM_SAMPLES = 21
 

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_tools.console import Output
+from data_tools.info import describe, describe_in_words
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("--top", type=int, default=3, help="how many of the largest samples to name (%(default)s)")
+
+
+def run(options: argparse.Namespace, output: Output) -> int:
+    facts = describe(options.folder, top=options.top)
+    output.table(("field", "value"), describe_in_words(facts).items())
+    output.result(facts)
+    return 0

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_tools.console import Output, bytes_text
+from data_tools.pack import PackOptions, Tally, pack, try_pack
+from data_tools.readers import READERS, find_reader
+from data_tools.readers.generic import FIELDS, parse_mapping
+from data_tools.records import Drop, ImageBytes, Record
+
+SHOWN_ROWS = 3
+SHOWN_LETTERS = 200
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, metavar="SRC", help="folder or file; the format is found out")
+    command.add_argument("--out", type=Path, help="folder to write")
+    command.add_argument("--image-root", type=Path, action="append", default=[], help="where image paths count from")
+    command.add_argument("--allow-root", type=Path, action="append", default=[], help="links may lead below it")
+    command.add_argument("--name", help="of the data set; by default that of SRC")
+    command.add_argument("--format", choices=["auto", *READERS], default="auto", metavar="FORMAT", help=_formats())
+    command.add_argument(
+        "--map", action="append", default=[], metavar="FIELD=COLUMN", help=f"fields: {', '.join(FIELDS)}; repeatable"
+    )
+    command.add_argument(
+        "--show-mapping", action="store_true", help="print three rows as they are understood, and stop"
+    )
+    command.add_argument(
+        "--turns", choices=["last", "each"], default="last", help="SFT conversations: answers to train on (%(default)s)"
+    )
+    command.add_argument("--max-drop", type=float, default=0.01, help="largest share of rows to drop (%(default)s)")
+    command.add_argument("--samples-per-shard", type=int, default=2000, help="%(default)s")
+    command.add_argument("--megabytes-per-shard", type=int, default=256, help="%(default)s")
+
+
+def _formats() -> str:
+    return f"auto, {', '.join(READERS)}"
+
+
+def run(options: argparse.Namespace, output: Output) -> int:
+    mapping = parse_mapping(options.map)
+    if options.show_mapping:
+        return _show_mapping(options, mapping, output)
+    if options.out is None:
+        raise ValueError("--out is missing: name the folder to write")
+    if min(options.samples_per_shard, options.megabytes_per_shard) < 1:
+        raise ValueError("--samples-per-shard and --megabytes-per-shard: expected at least 1")
+    wanted = PackOptions(
+        source=options.source,
+        out=options.out,
+        name=options.name,
+        format=options.format,
+        mapping=mapping,
+        image_roots=tuple(options.image_root),
+        allow_roots=tuple(options.allow_root),
+        turns=options.turns,
+        workers=options.workers,
+        max_drop=options.max_drop,
+        samples_per_shard=options.samples_per_shard,
+        bytes_per_shard=options.megabytes_per_shard << 20,
+    )
+    line = output.progress("rows")
+
+    def progress(tally: Tally) -> None:
+        line(tally.rows, None, f"{tally.num_dropped:,} dropped")
+
+    if options.dry_run:
+        tally, size = try_pack(wanted, progress)
+        line.close()
+        num_samples, complete = tally.rows - tally.num_dropped, tally.drop_ratio <= options.max_drop
+        text = f"would write {num_samples} samples, {bytes_text(size)} of content, to {options.out}"
+    else:
+        result = pack(wanted, progress)
+        line.close()
+        tally, num_samples, complete = result.tally, result.num_samples, result.complete
+        size = sum(shard.bytes for shard in result.shards)
+        text = f"{options.out}: {num_samples} samples in {len(result.shards)} shards, {bytes_text(size)}"
+    _show_tally(tally, num_samples, output)
+    output.result(
+        {"out": str(options.out), "samples": num_samples, "bytes": size, "complete": complete} | asdict(tally)
+    )
+    if complete:
+        output.say(text)
+        return 0
+    output.error(
+        f"{tally.num_dropped} of {tally.rows} rows were dropped ({tally.drop_ratio:.1%}), more than --max-drop "
+        f"{options.max_drop:g}; no manifest was written. Mend the input and choose another --out, or run again with a "
+        "larger --max-drop: it resumes"
+    )
+    return 1
+
+
+def _show_tally(tally: Tally, num_samples: int, output: Output) -> None:
+    rows = [("read", f"{tally.rows:,}", ""), ("kept", f"{num_samples:,}", "")]
+    for reason, count in sorted(tally.drops.items()):
+        examples = "\n".join(f"{example['id']}: {example['detail']}" for example in tally.examples[reason])
+        rows.append((reason, f"{count:,}", examples))
+    output.table(("rows", "count", "examples"), rows)
+    if tally.untrained_answers:
+        output.say(
+            f"{tally.untrained_answers} earlier answers of conversations are context only; --turns each makes a "
+            "sample of every answer (and stores the image with each)"
+        )
+
+
+def _show_mapping(options: argparse.Namespace, mapping: dict[str, str], output: Output) -> int:
+    format, reader = find_reader(options.source, options.format, mapping)
+    rows = list(islice(reader.read(options.source, tuple(options.image_root)), SHOWN_ROWS))
+    output.say(f"{options.source}: format {format}")
+    for row in rows:
+        output.table(("field", "value"), _fields(row).items())
+    output.result({"format": format, "rows": [_fields(row) for row in rows]})
+    if not rows:
+        output.error(f"{options.source} has no rows")
+    return 0 if any(isinstance(row, Record) for row in rows) else 1
+
+
+def _fields(row: Record | Drop) -> dict[str, Any]:
+    if isinstance(row, Drop):
+        return {"id": row.id, "dropped": row.reason, "detail": row.detail}
+    images = [f"{len(i.data)} bytes {i.name}" if isinstance(i, ImageBytes) else i for i in row.images]
+    history = "\n".join(f"{role}: {_short(text)}" for role, text in row.history)
+    texts = {name: _short(getattr(row, name) or "-") for name in ("prompt", "chosen", "rejected")}
+    tail = {"images": "\n".join(images) or "-", "answer": row.answer or "-"}
+    return {"id": row.id, "source": row.source, **({"history": history} if history else {}), **texts, **tail}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} ... ({len(text)} letters)"

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+from data_tools.console import Output, bytes_text
+from data_tools.copying import open_sets
+from data_tools.preview import choose, read_shown, to_html
+from data_tools.sheet import draw_sheet
+from data_tools.where import parse_where
+from data_tools.writer import write_atomically
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
+    command.add_argument("--out", type=Path, action="append", metavar="FILE", help=".html or .png; repeatable")
+    command.add_argument("--n", type=int, help="how many samples (40 on a page, 8 on a sheet)")
+    command.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    command.add_argument(
+        "--where", action="append", default=[], metavar="COND", help="source=docvqa, words_chosen>60, chosen~sorry"
+    )
+    command.add_argument("--columns", type=int, default=2, help="of the sheet (%(default)s)")
+    command.add_argument("--dark", action="store_true", help="a dark sheet; the page follows the browser")
+
+
+def run(options: argparse.Namespace, output: Output) -> int:
+    files = options.out or [options.folder / "preview.html"]
+    for file in files:
+        if file.suffix not in (".html", ".png"):
+            raise ValueError(f"--out {file}: expected a file that ends with .html or .png")
+    if options.columns < 1 or (options.n is not None and options.n < 1):
+        raise ValueError("--n and --columns: expected at least 1")
+    shards = open_sets([options.folder])
+    conditions = [parse_where(text) for text in options.where]
+    written = {}
+    for file in files:
+        rows = choose(shards, options.n or (8 if file.suffix == ".png" else 40), options.seed, conditions)
+        if not rows:
+            raise ValueError(f"no sample of {options.folder} meets {' and '.join(options.where)}")
+        shown = read_shown(shards, rows)
+        if file.suffix == ".html":
+            data = to_html(shards, shown, shards.name).encode()
+        else:
+            image = io.BytesIO()
+            draw_sheet(shown, shards.name, columns=options.columns, dark=options.dark).save(image, "PNG")
+            data = image.getvalue()
+        written[str(file)] = {"samples": len(shown), "unreadable": len(rows) - len(shown), "bytes": len(data)}
+        if not options.dry_run:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, data)
+        verb = "would write" if options.dry_run else "wrote"
+        output.say(f"{verb} {file}: {len(shown)} samples, {bytes_text(len(data))}")
+    output.result({"rows": rows, "files": written})
+    return 0

@@ -1,0 +1,166 @@
+"""The contact sheet of `preview`: samples as cards on one picture, for a terminal away from a browser or for a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data_tools.preview import Piece, Shown, difference
+from pivot.data.samples import message_text
+
+CARD_WIDTH, PICTURE, GAP, MARGIN = 1040, 300, 24, 40
+LINES = 9  # of an answer; what is longer ends with an ellipsis
+PROMPT_LINES = 3
+
+
+@dataclass(frozen=True)
+class Colours:
+    page: str
+    card: str
+    line: str
+    ink: str
+    soft: str
+    good: str
+    good_mark: str
+    bad: str
+    bad_mark: str
+
+
+LIGHT = Colours("#f6f5f2", "#ffffff", "#e4e2dc", "#1c1e21", "#6b6f76", "#1a7f4b", "#c9f0d8", "#b3382c", "#ffd9d2")
+DARK = Colours("#131416", "#1c1e21", "#2c2f34", "#e8e6e1", "#969ba3", "#5fce96", "#16452d", "#f08a7c", "#57201a")
+
+
+class Fonts:
+    """Pillow's own font in the sizes that are used, so that the sheet is the same on every machine."""
+
+    def __init__(self) -> None:
+        self.title = ImageFont.load_default(30)
+        self.prompt = ImageFont.load_default(20)
+        self.text = ImageFont.load_default(17)
+        self.small = ImageFont.load_default(14)
+
+
+def draw_sheet(shown: Sequence[Shown], title: str, *, columns: int = 2, dark: bool = False) -> Image.Image:
+    """The samples in rows of `columns` cards, each row as high as its highest card."""
+    colours, fonts = DARK if dark else LIGHT, Fonts()
+    cards = [_draw_card(one, colours, fonts) for one in shown]
+    columns = min(columns, max(1, len(cards)))
+    rows = [cards[start : start + columns] for start in range(0, len(cards), columns)]
+    heights = [max(card.height for card in row) for row in rows]
+    width = 2 * MARGIN + columns * CARD_WIDTH + (columns - 1) * GAP
+    top = MARGIN + 60
+    sheet = Image.new("RGB", (width, top + sum(heights) + GAP * max(0, len(rows) - 1) + MARGIN), colours.page)
+    ImageDraw.Draw(sheet).text((MARGIN, MARGIN), _printable(title), colours.ink, fonts.title)
+    for row, height in zip(rows, heights, strict=True):
+        for column, card in enumerate(row):
+            place = (MARGIN + column * (CARD_WIDTH + GAP), top)
+            draw = ImageDraw.Draw(sheet)
+            box = (*place, place[0] + CARD_WIDTH - 1, place[1] + height - 1)
+            draw.rounded_rectangle(box, 14, colours.card, colours.line)
+            sheet.paste(card.crop((8, 8, CARD_WIDTH - 8, card.height - 8)), (place[0] + 8, place[1] + 8))
+        top += height + GAP
+    return sheet
+
+
+def _draw_card(shown: Shown, colours: Colours, fonts: Fonts) -> Image.Image:
+    """One sample on a card of its own height."""
+    canvas = Image.new("RGB", (CARD_WIDTH, 4000), colours.card)
+    draw = ImageDraw.Draw(canvas)
+    bottom = _paste_pictures(canvas, shown, colours)
+    left = GAP + (PICTURE + GAP if shown.images else 0)
+    pen = _Pen(draw, left, CARD_WIDTH - GAP, GAP)
+    pen.write([(f"{shown.sample.get('id')}   {shown.sample.get('source') or ''}", False)], fonts.small, colours.soft, 1)
+    pen.skip(6)
+    question = message_text([shown.sample["prompt"][-1]]).strip()
+    pen.write([(question, False)], fonts.prompt, colours.ink, PROMPT_LINES)
+    if shown.rejected is None:
+        _write_answer(pen, "answer", [(shown.chosen, False)], colours.good, colours.good_mark, colours, fonts)
+    else:
+        chosen, rejected = difference(shown.chosen, shown.rejected)
+        _write_answer(pen, "chosen", chosen, colours.good, colours.good_mark, colours, fonts)
+        _write_answer(pen, "rejected", rejected, colours.bad, colours.bad_mark, colours, fonts)
+    return canvas.crop((0, 0, CARD_WIDTH, max(bottom, pen.y) + GAP))
+
+
+def _paste_pictures(canvas: Image.Image, shown: Shown, colours: Colours) -> int:
+    """Up to four pictures in the left column; the place where they end."""
+    y = GAP
+    side = PICTURE if len(shown.images) == 1 else PICTURE // 2 - 4
+    for number, image in enumerate(shown.images[:4]):
+        small = image.copy()
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        if len(shown.images) == 1:
+            canvas.paste(small, (GAP, y))
+            return y + small.height
+        canvas.paste(small, (GAP + (number % 2) * (side + 8), y + (number // 2) * (side + 8)))
+    rows = -(-min(len(shown.images), 4) // 2)
+    return y + rows * (side + 8) if shown.images else 0
+
+
+def _write_answer(
+    pen: _Pen, label: str, pieces: Sequence[Piece], colour: str, mark: str, colours: Colours, fonts: Fonts
+) -> None:
+    pen.skip(12)
+    pen.rule(colour)
+    pen.skip(6)
+    pen.write([(label, False)], fonts.small, colour, 1)
+    pen.write(pieces, fonts.text, colours.ink, LINES, mark)
+
+
+class _Pen:
+    """Writes words from left to right between two edges, and marks the background of some."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw, left: int, right: int, y: int) -> None:
+        self._draw, self._left, self._right, self.y = draw, left, right, y
+
+    def skip(self, pixels: int) -> None:
+        self.y += pixels
+
+    def rule(self, colour: str) -> None:
+        self._draw.rectangle((self._left, self.y, self._right, self.y + 1), colour)
+        self.y += 2
+
+    def write(self, pieces: Sequence[Piece], font: ImageFont.ImageFont, ink: str, lines: int, mark: str = "") -> None:
+        height = round(font.size * 1.45)  # type: ignore[attr-defined]  # load_default(size) gives a FreeTypeFont
+        x, line = self._left, 1
+        for word, differs in _tokens(pieces):
+            if word == "\n":
+                if x == self._left and line == 1:
+                    continue
+                x, line = self._left, line + 1
+                self.y += height
+            else:
+                width = round(font.getlength(word))
+                if x + width > self._right and x > self._left:
+                    x, line = self._left, line + 1
+                    self.y += height
+                    if word.isspace():
+                        continue
+                if line <= lines:
+                    if differs and mark:
+                        self._draw.rectangle((x, self.y, x + width, self.y + height - 3), mark)
+                    self._draw.text((x, self.y), word, ink, font)
+                x += width
+            if line > lines:
+                self._draw.text((self._right - 14, self.y - height), "…", ink, font)
+                return
+        self.y += height
+
+
+def _tokens(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Words, blanks and line breaks; what no line could hold is cut."""
+    for text, differs in pieces:
+        for number, line in enumerate(_printable(text).split("\n")):
+            if number:
+                yield "\n", False
+            for place, word in enumerate(line.split(" ")):
+                if place:
+                    yield " ", differs
+                for start in range(0, len(word), 40):
+                    yield word[start : start + 40], differs
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)

@@ -1,0 +1,82 @@
+"""Conditions on samples, as `--where FIELD OP VALUE` says them: `source=docvqa`, `words_chosen>60`, `chosen~(?i)sorry`.
+
+Fields: id, source, prompt, chosen, rejected, answer as text; images, width, height, row, and words_F and letters_F for
+F of prompt, chosen, rejected as numbers. Text takes = != and ~ (a regular expression found in it).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pivot.data.samples import Sample, message_text
+
+TEXTS = ("id", "source", "prompt", "chosen", "rejected", "answer")
+COUNTS = tuple(f"{unit}_{field}" for unit in ("words", "letters") for field in ("prompt", "chosen", "rejected"))
+NUMBERS = ("row", "images", "width", "height", *COUNTS)
+_PATTERN = re.compile(r"\s*([a-z_]+)\s*(!=|>=|<=|=|>|<|~)\s*(.*)", re.DOTALL)
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+    ">=": operator.ge,
+    "<=": operator.le,
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    field: str
+    sign: str
+    value: Any  # float, str, or a compiled pattern
+
+    def holds(self, row: int, sample: Sample) -> bool:
+        found = facts_of(self.field, row, sample)
+        if self.sign == "~":
+            return bool(self.value.search(found))
+        return _OPERATORS[self.sign](found, self.value)
+
+
+def parse_where(text: str) -> Condition:
+    """Raises ValueError when `text` is no condition on a field that samples have."""
+    match = _PATTERN.fullmatch(text)
+    if not match or match[1] not in TEXTS + NUMBERS:
+        raise ValueError(f"--where {text!r}: expected FIELD OP VALUE with FIELD one of {', '.join(TEXTS + NUMBERS)}")
+    field, sign, value = match.groups()
+    if field in NUMBERS:
+        try:
+            return Condition(field, sign if sign in _OPERATORS else "", float(value) if sign in _OPERATORS else None)
+        except ValueError as error:
+            raise ValueError(f"--where {text!r}: {field} is a number, found {value!r}") from error
+    if sign == "~":
+        try:
+            return Condition(field, sign, re.compile(value))
+        except re.error as error:
+            raise ValueError(f"--where {text!r}: {value!r} is no regular expression ({error})") from error
+    if sign not in ("=", "!="):
+        raise ValueError(f"--where {text!r}: {field} is text, which takes =, != and ~")
+    return Condition(field, sign, value)
+
+
+def facts_of(field: str, row: int, sample: Sample) -> Any:
+    """The value of a field; text is '' and a number 0 where the sample has none."""
+    if field == "row":
+        return row
+    if field == "images":
+        return len(sample["images"])
+    if field in ("width", "height"):
+        return max((image[field[0]] for image in sample["images"]), default=0)
+    unit, _, name = field.partition("_")
+    if name:
+        text = text_of(sample, name)
+        return len(text.split()) if unit == "words" else len(text)
+    return text_of(sample, field)
+
+
+def text_of(sample: Sample, field: str) -> str:
+    value = sample.get(field)
+    return message_text(value) if isinstance(value, list) else str(value or "")

@@ -1,0 +1,207 @@
+"""What `make sft` and `make dpo` do without CONFIG, step by step; the Makefile says which step needs which.
+
+    python launch/demo.py start GOAL FOLDER            what is going to happen, and how long it takes (needs no package)
+    python launch/demo.py stage NAME FOLDER [key=value ...]   run a stage, or go on with it
+    python launch/demo.py table GOAL FOLDER            what came out
+
+GOAL is sft or dpo, NAME is align, sft or dpo. SEED and NPROC are read from the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_FOLDER = "runs/demo"  # what the YAMLs say
+CPU_PROCESSES = 2
+INTERRUPTED = 130
+# name -> (script, what it does, minutes on two cores as measured)
+STAGES = {
+    "align": ("train_sft.py", "learn to describe scenes: captions, all weights drawn at random", 3.5),
+    "sft": ("train_sft.py", "learn to answer questions", 3.0),
+    "dpo": ("train_dpo.py", "learn from right and wrong answers: DPO with ZeRO-3", 2.0),
+}
+CHAINS = {"sft": ("align", "sft"), "dpo": ("align", "sft", "dpo")}
+PICTURE = "data/scenes.png"
+
+
+# -- what is going to happen ---------------------------------------------------------------------------------------
+
+
+def start(goal: str, folder: Path) -> int:
+    """One screen. Steps that are done are said to be."""
+    if is_done(folder, goal):
+        return 0
+    installed = (ROOT / ".venv" / ".installed").is_file() or os.environ.get("PYTHON", ".venv/bin/python") != (
+        ".venv/bin/python"
+    )
+    steps = [
+        ("install", "torch, deepspeed, transformers and the rest into .venv (about 6 GB)", 2.5, installed),
+        ("data", "draw scenes with captions, questions, right and wrong answers", 0.5, (folder / "data/demo.json").is_file()),
+        *((name, STAGES[name][1], STAGES[name][2], is_done(folder, name)) for name in CHAINS[goal]),
+    ]
+    print(f"pivot demo: a multimodal LLM of 1.4 million parameters, trained from nothing; all files below {folder}/\n")
+    for name, text, minutes, done in steps:
+        print(f"  {name:<8}{text:<72}{'done' if done else f'{minutes:.1f} min'}")
+    left = sum(minutes for *_, minutes, done in steps if not done)
+    print(f"\nAbout {left:.0f} minutes on two cores. Ctrl-C stops, the same command goes on.")
+    print(f"The first thing to look at: {folder / PICTURE}\n", flush=True)
+    return 0
+
+
+# -- a stage -------------------------------------------------------------------------------------------------------
+
+
+def stage(name: str, folder: Path, overrides: list[str]) -> int:
+    """Run the stage under the deepspeed launcher; the exit code is 0 only when it came to its end."""
+    script, text, minutes = STAGES[name]
+    print(f"\n== {name}: {text} (about {minutes:g} min)", flush=True)
+    processes = count_processes()
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
+    command += [f"launch/{script}", f"launch/configs/demo/{name}.yaml", *_settings(name, folder), *overrides]
+    print("$ deepspeed " + " ".join(command[3:]), flush=True)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    started = time.monotonic()
+    code = _run(command, environment)
+    with (folder / "times.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": name, "seconds": round(time.monotonic() - started, 1)}) + "\n")
+    state = _read_status(folder / name)
+    if code == 0 and state == "done":
+        (folder / f"{name}.done").touch()
+        return 0
+    if code == INTERRUPTED or state in ("preempted", "running"):
+        print(f"\n{name} was stopped; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+    print(f"\n{name} failed; the reason is above. The same command goes on from its last checkpoint", file=sys.stderr)
+    return code or 1
+
+
+def count_processes() -> int:
+    """NPROC, else one a GPU, else two on the CPU."""
+    if os.environ.get("NPROC", "").strip():
+        return int(os.environ["NPROC"])
+    import torch
+
+    return torch.cuda.device_count() or CPU_PROCESSES
+
+
+def _settings(name: str, folder: Path) -> list[str]:
+    """What another folder or seed than the YAMLs' changes."""
+    found = []
+    if str(folder) != DEFAULT_FOLDER:
+        sets = {"align": "captions", "sft": "questions", "dpo": "preference"}
+        found += [f"output_dir={folder}/{name}", f"data.train={folder}/data/{sets[name]}"]
+        found += [f"data.eval={folder}/data/eval"]
+        if name == "align":
+            found += [f"model.vision_tower.path={folder}/data/model/vision.json"]
+            found += [f"model.language_model.path={folder}/data/model/language/config.json"]
+        else:
+            found += [f"init_from={folder}/{'align' if name == 'sft' else 'sft'}/export"]
+    seed = os.environ.get("SEED", "").strip()
+    return found + ([f"train.seed={seed}"] if seed not in ("", "0") else [])
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """The command's exit code. On Ctrl-C, which reaches its processes too, wait until they have saved and gone."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        while True:
+            try:
+                code = process.wait()
+                return INTERRUPTED if code in (-2, INTERRUPTED) else code
+            except KeyboardInterrupt:
+                continue
+
+
+def _read_status(run: Path) -> str | None:
+    path = run / "status"
+    return json.loads(path.read_text())["status"] if path.is_file() else None
+
+
+def is_done(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.done").is_file()
+
+
+# -- what came out -------------------------------------------------------------------------------------------------
+
+COLUMNS = ("preference accuracy", "VQA accuracy", "reward accuracy", "reward margin", "seconds")
+
+
+def table(goal: str, folder: Path) -> int:
+    """Accuracies on held-out scenes, untrained and after each stage, and where to go from here."""
+    rows = [("untrained", _evaluation(folder / "align", first=True), None)]
+    rows += [(f"after {name}", _evaluation(folder / name), _seconds(folder, name)) for name in CHAINS[goal]]
+    last = rows[-1][1]
+    print(f"\nHeld out: {last.get('eval/num_questions', 0):.0f} questions about scenes that were in no training set")
+    print(f"{'':<18}" + "".join(f"{column:>24}" for column in COLUMNS))
+    blind = last.get("eval/vqa_accuracy_blind")
+    if blind is not None:
+        print(_line("without looking", ["0.500", f"{blind:.3f}", "", "", ""]))
+    for name, found, seconds in rows:
+        cells = [_share(found, "eval/preference_accuracy"), _share(found, "eval/vqa_accuracy")]
+        cells += [_number(found, "eval/rewards/accuracies"), _number(found, "eval/rewards/margins")]
+        print(_line(name, [*cells, "" if seconds is None else f"{seconds:.0f}"]))
+    print("\n[..] is the 95 % interval over scenes. Without looking: the best fixed answer to each kind of question.")
+    _say_next(goal, folder)
+    return 0
+
+
+def _line(name: str, cells: list[str]) -> str:
+    return f"{name:<18}" + "".join(f"{cell:>24}" for cell in cells)
+
+
+def _share(found: dict[str, Any], name: str) -> str:
+    interval = found.get("intervals", {}).get(name)
+    if interval is None:
+        return _number(found, name)
+    value, low, high = (interval[key] for key in ("value", "low", "high")) if isinstance(interval, dict) else interval[:3]
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _number(found: dict[str, Any], name: str) -> str:
+    value = found.get(name)
+    return "" if value is None else f"{value:.3f}"
+
+
+def _evaluation(run: Path, *, first: bool = False) -> dict[str, Any]:
+    """The log's last evaluation, or its first, {} where there is none."""
+    path = run / "log.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found = [row for row in rows if "eval/loss" in row or row.get("event") == "eval"]
+    return found[0 if first else -1] if found else {}
+
+
+def _seconds(folder: Path, name: str) -> float | None:
+    """All that a stage took, over its interruptions."""
+    path = folder / "times.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return sum(row["seconds"] for row in rows if row["stage"] == name) or None
+
+
+def _say_next(goal: str, folder: Path) -> None:
+    report = folder / goal / "report.html"
+    print(f"\npicture  {folder / PICTURE}")
+    if report.is_file():
+        print(f"report   {report}")
+    print(f"model    {folder / goal / 'export'}   (stock transformers loads it)")
+    print("next     make dpo" if goal == "sft" else "next     python -m data_tools pack YOUR_DATA --out my_set")
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 3 or arguments[0] not in ("start", "stage", "table"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    command, name, folder = arguments[0], arguments[1], Path(arguments[2])
+    if command == "stage":
+        return stage(name, folder, arguments[3:])
+    return {"start": start, "table": table}[command](name, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""Evaluate trained models on held-out data, one process:
+
+    python launch/evaluate.py held-out --model sft=runs/sft --model dpo=runs/dpo --data DATA/eval [--json FILE]
+
+A model is a run's folder (its export/ is taken) or an HF LLaVA folder; the others are compared to the first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command import OK, report
+
+if TYPE_CHECKING:
+    from pivot.evaluate.evaluator import Evaluation
+    from pivot.evaluate.intervals import Interval
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True)
+    held_out = commands.add_parser("held-out", help="preference accuracy and VQA accuracy on a packed set")
+    add = held_out.add_argument
+    add("--model", action="append", required=True, metavar="NAME=FOLDER", help="a run or HF LLaVA folder; repeatable")
+    add("--data", required=True, metavar="SET", help="a folder written by data_tools")
+    add("--num-samples", type=int, metavar="N", help="the first N of the set's fixed order (as the run's, else 1000)")
+    add("--max-tokens", type=int, metavar="N", help="leave longer samples out (as the run's, else 2048)")
+    add("--max-new-tokens", type=int, metavar="N", help="of an answer (as the run's, else 32)")
+    add("--cache-dir", type=Path, metavar="DIR", help="token counts (beside the set)")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers and the sample answers here")
+    options = parser.parse_args(arguments)
+    options.models = dict(map(_split, options.model))
+    if len(options.models) < len(options.model):
+        parser.error("--model: two have the same name; give NAME=FOLDER with a name for each")
+    return options
+
+
+def held_out(options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate every model of `options`, print the tables, and give what --json writes."""
+    from pivot import distributed
+    from pivot.evaluate.load import find_export
+
+    found = {name: find_export(folder) for name, folder in options.models.items()}
+    config = next((run for _, run in found.values() if run is not None), None)
+    world = distributed.start(600.0)
+    try:
+        evaluations = {name: _evaluate(export, options, config, world) for name, (export, _) in found.items()}
+    finally:
+        distributed.stop()
+    differences = _differences(evaluations)
+    _print(evaluations, differences)
+    return {
+        "data": options.data,
+        "models": {
+            name: {
+                "folder": str(found[name][0]),
+                "metrics": evaluation.metrics,
+                "intervals": evaluation.intervals,
+                "skipped": evaluation.skipped,
+                "answers": [vars(answer) for answer in evaluation.answers],
+            }
+            for name, evaluation in evaluations.items()
+        },
+        "differences": differences,
+    }
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, separator, folder = text.partition("=")
+    if not separator:
+        name, folder = Path(text).name, text
+    return name, folder
+
+
+def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -> Evaluation:
+    from pivot.config import DataConfig, EvaluateConfig, TrainConfig
+    from pivot.evaluate.evaluator import evaluate
+    from pivot.evaluate.held_out import open_held_out
+    from pivot.evaluate.load import load_export
+
+    data = run.data if run is not None else DataConfig()
+    settings = run.evaluate if run is not None else EvaluateConfig()
+    budget = (run.train if run is not None else TrainConfig()).max_tokens_per_micro_batch
+    loaded = load_export(export, world.device)
+    found = open_held_out(
+        options.data,
+        loaded.processor,
+        world,
+        roles=("chosen",),
+        cache_dir=options.cache_dir or _cache_dir(options.data),
+        num_samples=options.num_samples or settings.num_samples,
+        max_tokens=options.max_tokens or data.max_tokens,
+        max_tokens_per_micro_batch=budget,
+        say=print,
+    )
+    return evaluate(
+        found,
+        loaded.processor,
+        loaded.model,
+        loaded.model,
+        world,
+        max_new_tokens=options.max_new_tokens or settings.max_new_tokens,
+        max_tokens=budget,
+    )
+
+
+def _cache_dir(data: str) -> Path:
+    return Path(data) if os.access(data, os.W_OK) else Path.home() / ".cache" / "pivot"
+
+
+def _differences(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Interval]]:
+    """metric -> model -> its paired difference from the first model."""
+    from pivot.evaluate.outcomes import PREFERENCE, VQA, compare
+
+    (_, first), *others = evaluations.items()
+    found: dict[str, dict[str, Interval]] = {}
+    for metric in (PREFERENCE, VQA):
+        for name, evaluation in others:
+            interval = compare(first.outcomes, evaluation.outcomes, metric)
+            if interval is not None:
+                found.setdefault(metric, {})[name] = interval
+    return found
+
+
+def _print(evaluations: dict[str, Evaluation], differences: dict[str, dict[str, Interval]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pivot.evaluate.outcomes import PREFERENCE, VQA
+
+    console, first = Console(), next(iter(evaluations))
+    table = Table(title="held out, with 95 % intervals", title_justify="left")
+    table.add_column("model")
+    for title in ("preference accuracy", "per token", "VQA accuracy"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, evaluation in evaluations.items():
+        metrics, intervals = evaluation.metrics, evaluation.intervals
+        per_token = metrics.get(f"{PREFERENCE}_per_token")
+        shown = [_share(intervals.get(PREFERENCE)), "-" if per_token is None else f"{per_token:.3f}"]
+        table.add_row(name, *shown, _share(intervals.get(VQA)))
+        if name != first:
+            change = {metric: _change(by_name.get(name)) for metric, by_name in differences.items()}
+            table.add_row(f"  less {first}", change.get(PREFERENCE, "-"), "", change.get(VQA, "-"), style="dim")
+    console.print(table)
+    some = evaluations[first]
+    num_samples, num_questions = (some.metrics.get(f"eval/num_{name}", 0) for name in ("samples", "questions"))
+    counts = f"{num_samples:.0f} samples, {num_questions:.0f} questions"
+    reasons = "".join(f"; no {metric}: {reason}" for metric, reason in some.skipped.items())
+    console.print(counts + reasons, highlight=False)
+
+
+def _share(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.value:.3f} \\[{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _change(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.value:+.3f} \\[{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        found = held_out(options)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return OK
+    except Exception as error:
+        return report(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

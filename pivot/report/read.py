@@ -1,0 +1,102 @@
+"""A run's folder as the report needs it: log, settings, kept answers. A row that a resume repeated counts once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pivot.config import Config, load_config
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    config: Config
+    start: Row  # the log's newest "start" row
+    steps: list[Row]  # in order, the newest of each step
+    evaluations: list[Row]
+    answers: dict[tuple[int, int], Row]  # (step, data row) -> what samples.jsonl has
+    status: Row
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def objective(self) -> str:
+        return "SFT" if self.config.objective.sft is not None else "DPO"
+
+    def series(self, key: str, *, held_out: bool = False) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric, where it was logged and finite."""
+        rows = self.evaluations if held_out else self.steps
+        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+        return [float(step) for step, _ in points], [float(value) for _, value in points]
+
+    def keys(self, prefix: str) -> list[str]:
+        """The step metrics that begin with `prefix`, sorted."""
+        return sorted({key for row in self.steps for key in row if key.startswith(prefix)})
+
+    @property
+    def training_s(self) -> float:
+        """Seconds spent in steps, from the logged rates: without evaluations, saving and interruptions."""
+        seconds, before = 0.0, 0
+        for row in self.steps:
+            rate = row.get("perf/pairs_per_s")
+            if rate:
+                seconds += (row["step"] - before) * self.config.train.global_batch_size / rate
+            before = row["step"]
+        return seconds
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run in `folder`. Raises ValueError where there is none."""
+    folder = Path(folder)
+    for name in ("config.yaml", "log.jsonl"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}, so it is no run; expected a run's output_dir")
+    rows = list(_read_lines(folder / "log.jsonl"))
+    status = folder / "status"
+    return Run(
+        folder=folder,
+        config=load_config(folder / "config.yaml"),
+        start=next((row for row in reversed(rows) if row.get("event") == "start"), {}),
+        steps=_newest(row for row in rows if "event" not in row),
+        evaluations=_newest(row for row in rows if row.get("event") == "eval"),
+        answers={(row["step"], row["row"]): row for row in _read_lines(folder / "samples.jsonl")},
+        status=json.loads(status.read_text()) if status.is_file() else {},
+    )
+
+
+def _read_lines(path: Path) -> Iterable[Row]:
+    """The JSON objects of a file; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _newest(rows: Iterable[Row]) -> list[Row]:
+    found = {row["step"]: row for row in rows if "step" in row}
+    return [found[step] for step in sorted(found)]
+
+
+def find_previous(run: Run) -> list[Run]:
+    """The runs that `run` goes back to, oldest first: as long as init_from is another run's export."""
+    chain: list[Run] = []
+    seen = {run.folder.resolve()}
+    while run.config.init_from is not None:
+        folder = Path(run.config.init_from).parent
+        if folder.resolve() in seen or not all((folder / name).is_file() for name in ("config.yaml", "log.jsonl")):
+            break
+        seen.add(folder.resolve())
+        run = read_run(folder)
+        chain.insert(0, run)
+    return chain

@@ -1,0 +1,140 @@
+"""The command line as a user meets it: one process, real files, one sentence for what he can mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.command import main
+from pivot.config import REPOSITORY
+from tests.data.fakes import make_set
+from tests.tiny import tiny_llava
+
+RUN = """
+output_dir: {folder}/run
+init_from: {folder}/llava
+data: {{train: {folder}/set, cache_dir: {folder}/cache, workers: 0}}
+objective: {{dpo: {{}}}}
+optim: {{vision_tower: {{lr: 1e-4}}, projector: {{lr: 1e-3}}, language_model: {{lr: 1e-4}}}}
+train: {{global_batch_size: 4, max_steps: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    tiny_llava(folder / "llava")
+    make_set(folder)
+    (folder / "run.yaml").write_text(RUN.format(folder=folder))
+    return folder
+
+
+def command(folder: Path, *overrides: str, objective: str = "dpo") -> int:
+    return main(objective, [str(folder / "run.yaml"), *overrides])
+
+
+def test_check_shows_what_would_run_and_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "--check") == 0
+    shown = capsys.readouterr().out
+    assert "24 of 24 samples" in shown
+    assert "vision_tower 0.0001, projector 0.001, language_model 0.0001" in shown
+    assert not (folder / "run").exists()
+
+
+def test_print_config_resolves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "--print-config", "train.seed=5", "--local_rank=0") == 0
+    assert "seed: 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train={folder}/nothing"], "holds no manifest.json"),
+        (["init_from={folder}/nothing"], "no folder"),
+        (["init_from={folder}/set"], "no configuration that transformers knows"),
+        (["train.max_tokens_per_micro_batch=20"], "train.max_tokens_per_micro_batch is 20, but the longest pair"),
+        (["data.max_tokens=10"], "no sample is left to train on"),
+        (["objective.dpo.loss=sigmod"], "objective.dpo.loss: found 'sigmod'"),
+        (["objective.dpo.reference={folder}/nothing"], "no folder"),
+        (["checkpoint.resume=required"], "holds no checkpoint"),
+        (["train.precision=bf16", "deepspeed=ds_configs/zero0.json"], "no fp32 gradient accumulation for bf16"),
+        (["model.vision_tower.layer=-9"], "model.vision_tower.layer: found -9"),
+        (["model.projector=linear"], "model.projector"),
+        (["data.chat_template=nothing.jinja"], "data.chat_template"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence(
+    folder: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, *(text.format(folder=folder) for text in overrides)) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and "Traceback" not in errors
+
+
+def test_longer_pairs_are_counted_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "--check", "data.max_tokens=86") == 0
+    assert "longer than data.max_tokens" in capsys.readouterr().out
+
+
+def test_a_shard_cut_in_half_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "set", tmp_path / "set")
+    shard = min((tmp_path / "set" / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    assert command(folder, f"data.train={tmp_path}/set") == 2
+    assert shard.name in capsys.readouterr().err
+
+
+def test_someone_elses_folder_is_not_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert command(folder, f"output_dir={tmp_path}") == 2
+    assert "holds files but no config.yaml" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_in_use_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(); time.sleep(60)"
+    )
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen([sys.executable, "-c", holder, tmp_path / "run/lock"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            assert command(folder, f"output_dir={tmp_path}/run") == 2
+        finally:
+            other.kill()
+    assert "is being written by" in capsys.readouterr().err
+
+
+def test_usage_names_the_flag(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "--verbose") == 2
+    assert "unknown flag --verbose" in capsys.readouterr().err
+    assert main("dpo", ["--help"]) == 0
+    assert "usage: deepspeed launch/train_dpo.py CONFIG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_dpo"])
+def test_scripts_start_from_anywhere(script: str, tmp_path: Path) -> None:
+    """A checkout works without being installed, and --help needs no package."""
+    path = REPOSITORY / "launch" / f"{script}.py"
+    done = subprocess.run([sys.executable, "-S", path, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "CONFIG" in done.stdout
+
+
+def test_one_step_without_a_launcher(folder: Path) -> None:
+    """The whole way on one process; a second start says that the run is finished, and a changed rate is refused."""
+    script = [sys.executable, REPOSITORY / "launch" / "train_dpo.py", folder / "run.yaml"]
+    script += ["deepspeed=ds_configs/zero0.json", f"output_dir={folder}/whole"]
+    first = subprocess.run(script, capture_output=True, text=True, cwd=folder)
+    assert first.returncode == 0, first.stderr
+    assert json.loads((folder / "whole" / "status").read_text()) == {"status": "done", "step": 1}
+    assert (folder / "whole" / "export" / "model.safetensors").is_file()
+    again = subprocess.run(script, capture_output=True, text=True, cwd=folder)
+    assert again.returncode == 0 and "this run is finished: 1 steps done" in again.stdout
+    other = subprocess.run([*script, "optim.projector.lr=2e-3"], capture_output=True, text=True, cwd=folder)
+    assert other.returncode == 2 and "optim.projector.lr was 0.001, is 0.002" in other.stderr

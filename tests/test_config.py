@@ -1,0 +1,121 @@
+"""Settings: typed, merged in order, and refused with the full key before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pivot.config import ConfigError, load_config, read_deepspeed_json, to_yaml
+
+YAML = """
+output_dir: runs/x
+init_from: somewhere
+data: {train: shards/x}
+objective: {dpo: {}}
+optim: {lr: 1.0e-6, vision_tower: {lr: 2.0e-6}, projector: {lr: "${optim.lr}"}, language_model: {lr: null}}
+train: {global_batch_size: 8, max_steps: 3}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(YAML)
+    return tmp_path / "run.yaml"
+
+
+def test_defaults_are_those_of_the_documentation(run: Path) -> None:
+    config = load_config(run, objective="dpo")
+    assert (config.optim.schedule, config.optim.warmup_ratio, config.optim.max_grad_norm) == ("cosine", 0.03, 1.0)
+    assert config.objective.dpo is not None and config.objective.dpo.beta == 0.1
+    assert (config.checkpoint.every_steps, config.checkpoint.keep, config.checkpoint.resume) == (100, 2, "auto")
+    assert config.deepspeed == "ds_configs/zero2.json"
+    assert config.optim.projector.weight_decay == 0.0
+
+
+def test_command_line_wins_over_the_file_and_references_follow(run: Path) -> None:
+    config = load_config(run, ["optim.lr=5e-6", "train.max_steps=7"], "dpo")
+    assert (config.optim.projector.lr, config.optim.vision_tower.lr, config.train.max_steps) == (5e-6, 2e-6, 7)
+    assert config.optim.trained() == ("vision_tower", "projector")
+
+
+def test_resolved_settings_load_back_equal(run: Path, tmp_path: Path) -> None:
+    config = load_config(
+        run,
+        ["objective.dpo.loss={sigmoid: 0.8, sft: 1.0}", "init_parts=[vision_tower]", "model.language_model.path=a"],
+        "dpo",
+    )
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml", objective="dpo") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_stepps=3", "unknown key 'train.max_stepps'; did you mean 'max_steps'"),
+        ("objective.dpo.bta=1", "unknown key 'objective.dpo.bta'; did you mean 'beta'"),
+        ("optim.vision.lr=1", "unknown key 'optim.vision'"),
+        ("train.max_steps=1.5", "train.max_steps: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("optim.lr=fast", "could not be converted to Float"),
+        ("train=3", "Merge error"),
+        ("optim.projector.lr=${optim.rate}", "Interpolation key 'optim.rate' not found"),
+        ("optim.projector.lr=-1", r"optim.projector.lr: found -1.0, expected a value in \[0, inf\]"),
+        ("optim.schedule=cosin", "optim.schedule: found 'cosin', expected one of cosine, linear, constant"),
+        ("checkpoint.keep=1", "checkpoint.keep: found 1"),
+        ("train.num_epochs=3", "exactly one of max_steps and num_epochs"),
+        ("objective.sft={}", "both sft and dpo are given"),
+        ("objective.dpo.loss={sigmoid: -1}", "objective.dpo.loss.sigmoid: found -1"),
+        ("objective.dpo.loss={sigmoid:1}", "put a space behind the colon: sigmoid: 1"),
+        ("init_parts=[encoder]", "init_parts: found 'encoder', expected some of vision_tower"),
+        ("init_parts=[projector]", "model.vision_tower.path: absent"),
+        ("init_from=null", "model.vision_tower.path: absent"),
+        ("deepspeed=nowhere.json", "no file nowhere.json"),
+        ("--verbose", "found '--verbose', expected key=value"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(run: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(run, [override], "dpo")
+
+
+@pytest.mark.parametrize("component", ["vision_tower", "projector", "language_model"])
+def test_an_absent_rate_is_an_error_and_freezes_nothing(tmp_path: Path, component: str) -> None:
+    text = YAML.replace(f"{component}: {{lr", f"{component}: {{weight_decay")
+    (tmp_path / "run.yaml").write_text(text.replace("weight_decay: null", "weight_decay: 0.0"))
+    with pytest.raises(ConfigError, match=f"optim.{component}.lr: absent; expected a learning rate, or null to freeze"):
+        load_config(tmp_path / "run.yaml", objective="dpo")
+
+
+def test_a_yaml_for_the_other_script_is_refused(run: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"objective.dpo is given, but this script trains sft; run launch/train_dpo.py"
+    ):
+        load_config(run, objective="sft")
+
+
+def test_all_frozen_is_refused(run: Path) -> None:
+    overrides = ["optim.vision_tower.lr=null", "optim.projector.lr=null"]
+    with pytest.raises(ConfigError, match="nothing would train"):
+        load_config(run, overrides, "dpo")
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "bf16", "optimizer", "scheduler"])
+def test_a_number_has_one_owner(tmp_path: Path, key: str) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, key: 1}))
+    with pytest.raises(ConfigError, match=f"sets '{key}', which .* owns; remove it there"):
+        read_deepspeed_json(str(tmp_path / "ds.json"))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"zero_optimization": 2}'])
+def test_a_broken_deepspeed_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError, match="ds.json"):
+        read_deepspeed_json(str(tmp_path / "ds.json"))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "optim: !!python/object/apply:os.system ['true']"])
+def test_what_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="run.yaml"):
+        load_config(tmp_path / "run.yaml", objective="dpo")
