@@ -32,7 +32,7 @@ CODE = $(wildcard pivot launch data_tools)
 help:  ## List the targets
 	@echo 'make TARGET [PYTHON=python] [CONFIG=run.yaml] [ARGS="key=value ..."] [NPROC=processes]'
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
-	@echo 'PYTHON= uses that environment and installs nothing. NPROC= is by default all GPUs, or one CPU process.'
+	@echo 'PYTHON= uses that environment and installs nothing. NPROC= is by default all GPUs, or one CPU process (the demo: two).'
 	@echo 'ARGS= is read by the shell: quote a value that holds spaces or brackets.'
 
 venv: $(ENVIRONMENT)  ## Make .venv and install the package with its test and check tools
@@ -60,7 +60,7 @@ sft dpo: %: demo-start $(DEMO)/data/scenes.png $(ENVIRONMENT) $(DEMO)/%.done
 	@"$$PYTHON" launch/demo.py table $@ $(DEMO)
 endif
 
-demo-start: $(if $(ENVIRONMENT),.venv/bin/python)
+demo-start: $(if $(ENVIRONMENT),.venv/.made)
 	@"$$PYTHON" launch/demo.py start $(filter sft dpo,$(MAKECMDGOALS)) $(DEMO)
 
 $(DEMO)/data/scenes.png:
@@ -77,17 +77,18 @@ $(DEMO)/dpo.done: $(DEMO)/sft.done
 $(DEMO)/%.done:
 	@$(ON_PATH) "$$PYTHON" launch/demo.py stage $* $(DEMO) $(if $(filter $*,$(MAKECMDGOALS)),$(ARGS))
 
-.venv/bin/python:
+.venv/.made:
 	@python=''; for candidate in python3 python3.13 python3.12 python3.11; do \
 	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
 	  then python="$$candidate"; break; fi; done; \
 	if [ -z "$$python" ]; then \
 	  echo 'found no Python 3.11 to 3.13 on PATH; install one, or give PYTHON= of an environment to use' >&2; exit 2; fi; \
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv
+	@touch $@
 
 # torch and torchvision come first, together and unpinned: torchvision only imports beside the torch of its own release.
 # -qq keeps the addresses of package mirrors out of logs.
-.venv/.installed: setup.py | .venv/bin/python
+.venv/.installed: setup.py | .venv/.made
 	@echo 'installing into .venv (a few minutes and about 6 GB the first time)'
 	@.venv/bin/python -m pip install -qq torch torchvision
 	@.venv/bin/python -m pip install -qq -e '.[test,check]'

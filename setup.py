@@ -26,12 +26,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["pivot", "pivot.*", "data_tools", "data_tools.*"]),
+    package_data={"pivot.report": ["page.html.j2", "page.css"]},
     install_requires=[
         "torch>=2.7",  # below 2.6 torch.load runs code even with weights_only=True (CVE-2025-32434)
         "torchvision",  # open_clip needs it; it only imports beside the torch of the same release
         "deepspeed>=0.19.5,<0.20",  # 0.19.5: non-reentrant activation checkpointing of frozen blocks
         "transformers>=5.8",  # one layout of SigLIP weights
         "omegaconf>=2.4",
+        "jinja2",
         "open_clip_torch",
         "webdataset",
         "safetensors",

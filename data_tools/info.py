@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.console import bytes_text
+from data_tools.console import bytes_text, count_text
 from pivot.data.shards import ShardSet
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -57,7 +57,7 @@ def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
         "samples": f"{facts['samples']:,}",
         "images": f"{facts['images']:,} ({facts['without_image']:,} samples without, "
         f"{facts['several_images']:,} with several)",
-        "size": f"{bytes_text(facts['bytes'])} in {facts['shards']:,} shards of {low:,} to {high:,} samples",
+        "size": f"{bytes_text(facts['bytes'])} in {count_text(facts['shards'], 'shard')} of {low:,} to {high:,}",
         "fingerprint": facts["fingerprint"],
         "sources": "\n".join(
             f"{name}: {source['samples']:,} samples, repeat_time {source['repeat_time']:g}"

@@ -17,7 +17,7 @@ from string import Template
 
 from PIL import Image
 
-from data_tools.console import bytes_text
+from data_tools.console import bytes_text, count_text
 from data_tools.draw import shuffled
 from data_tools.where import Condition
 from pivot.data.images import ImageError, decode_rgb
@@ -96,7 +96,15 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
             joined[-1] = (joined[-1][0] + text, differs)
         else:
             joined.append((text, differs))
-    return joined
+    return [part for text, differs in joined for part in (_trimmed(text) if differs else [(text, False)])]
+
+
+def _trimmed(text: str) -> list[Piece]:
+    """Blanks at the ends of what is marked are not marked."""
+    if not text.strip():
+        return [(text, False)]
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    return [piece for piece in ((text[:start], False), (text[start:end], True), (text[end:], False)) if piece[0]]
 
 
 def to_html(shards: ShardSet, shown: Sequence[Shown], title: str) -> str:
@@ -104,7 +112,7 @@ def to_html(shards: ShardSet, shown: Sequence[Shown], title: str) -> str:
     facts = [
         f"{len(shards):,} samples",
         f"{int(shards.index['n_images'].sum()):,} images",
-        f"{bytes_text(sum(shard.bytes for shard in shards.shards))} in {len(shards.shards):,} shards",
+        f"{bytes_text(sum(shard.bytes for shard in shards.shards))} in {count_text(len(shards.shards), 'shard')}",
         f"kind {shards.kind}",
         f"{len(shown)} shown",
     ]
@@ -128,8 +136,8 @@ def _card(shown: Shown) -> str:
         answers = _answer("chosen", "chosen", chosen) + _answer("rejected", "rejected", rejected)
     return (
         f'<article{"" if pictures else " class=text"}><div class="pictures">{pictures}</div><div class="words">'
-        f'<header><code>{escape(str(sample.get("id")))}</code>'
-        f'{"".join(f"<span>{escape(tag)}</span>" for tag in tags if tag)}</header>'
+        f"<header><code>{escape(str(sample.get('id')))}</code>"
+        f"{''.join(f'<span>{escape(tag)}</span>' for tag in tags if tag)}</header>"
         f'<div class="prompt">{_prompt(sample)}</div><div class="answers">{answers}</div></div></article>'
     )
 
@@ -188,7 +196,8 @@ figure { margin: 0; } img { display: block; width: 100%; height: auto; border-ra
 figcaption { color: var(--soft); font-size: 0.78rem; margin-top: 0.3rem; }
 .words { padding: 1rem 1.25rem 1.25rem; min-width: 0; }
 header { display: flex; flex-wrap: wrap; gap: 0.35rem; align-items: center; font-size: 0.78rem; color: var(--soft); }
-header span, header code { background: var(--tag); border-radius: 6px; padding: 0.1rem 0.45rem; overflow-wrap: anywhere; }
+header span, header code { background: var(--tag); border-radius: 6px; padding: 0.1rem 0.45rem;
+  overflow-wrap: anywhere; }
 code { font: 0.95em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .prompt p { margin: 0.6rem 0; font-size: 1.05rem; font-weight: 550; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt b, .prompt i { font: 600 0.7rem/1 system-ui, sans-serif; color: var(--soft); margin-right: 0.5rem; }

@@ -1,7 +1,8 @@
-"""The contact sheet of `preview`: samples as cards on one picture, for a terminal away from a browser or for a paper."""
+"""The contact sheet of `preview`: samples as cards on one picture, for a paper or where there is no browser."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ from pivot.data.samples import message_text
 CARD_WIDTH, PICTURE, GAP, MARGIN = 1040, 300, 24, 40
 LINES = 9  # of an answer; what is longer ends with an ellipsis
 PROMPT_LINES = 3
+SHARED = 360  # letters that both answers may start with before they are cut
+_PLAIN = str.maketrans({"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "•": "-", "…": "..."})
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def _draw_card(shown: Shown, colours: Colours, fonts: Fonts) -> Image.Image:
     if shown.rejected is None:
         _write_answer(pen, "answer", [(shown.chosen, False)], colours.good, colours.good_mark, colours, fonts)
     else:
-        chosen, rejected = difference(shown.chosen, shown.rejected)
+        chosen, rejected = map(_from_difference, difference(shown.chosen, shown.rejected))
         _write_answer(pen, "chosen", chosen, colours.good, colours.good_mark, colours, fonts)
         _write_answer(pen, "rejected", rejected, colours.bad, colours.bad_mark, colours, fonts)
     return canvas.crop((0, 0, CARD_WIDTH, max(bottom, pen.y) + GAP))
@@ -122,8 +127,8 @@ class _Pen:
         self._draw.rectangle((self._left, self.y, self._right, self.y + 1), colour)
         self.y += 2
 
-    def write(self, pieces: Sequence[Piece], font: ImageFont.ImageFont, ink: str, lines: int, mark: str = "") -> None:
-        height = round(font.size * 1.45)  # type: ignore[attr-defined]  # load_default(size) gives a FreeTypeFont
+    def write(self, pieces: Sequence[Piece], font: Font, ink: str, lines: int, mark: str = "") -> None:
+        height = round(1.45 * getattr(font, "size", 16))
         x, line = self._left, 1
         for word, differs in _tokens(pieces):
             if word == "\n":
@@ -144,7 +149,7 @@ class _Pen:
                     self._draw.text((x, self.y), word, ink, font)
                 x += width
             if line > lines:
-                self._draw.text((self._right - 14, self.y - height), "…", ink, font)
+                self._draw.text((self._right - 14, self.y - height), "...", ink, font)
                 return
         self.y += height
 
@@ -162,5 +167,15 @@ def _tokens(pieces: Sequence[Piece]) -> Iterator[Piece]:
                     yield word[start : start + 40], differs
 
 
+def _from_difference(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Without most of a long beginning that both answers share: the sheet has room for a few lines."""
+    if len(pieces) > 1 and not pieces[0][1] and len(pieces[0][0]) > SHARED:
+        words = pieces[0][0][-SHARED // 3 :].partition(" ")[2]
+        return [("... " + words, False), *pieces[1:]]
+    return pieces
+
+
 def _printable(text: str) -> str:
+    """What Pillow's font can draw, on fewer lines: it knows little besides Latin."""
+    text = re.sub(r"\s*\n\s*", "\n", text.translate(_PLAIN).strip("\n"))
     return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)

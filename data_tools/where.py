@@ -49,9 +49,11 @@ def parse_where(text: str) -> Condition:
     field, sign, value = match.groups()
     if field in NUMBERS:
         try:
-            return Condition(field, sign if sign in _OPERATORS else "", float(value) if sign in _OPERATORS else None)
-        except ValueError as error:
-            raise ValueError(f"--where {text!r}: {field} is a number, found {value!r}") from error
+            if sign in _OPERATORS:
+                return Condition(field, sign, float(value))
+        except ValueError:
+            pass
+        raise ValueError(f"--where {text!r}: {field} is a number, which takes {' '.join(_OPERATORS)} and a number")
     if sign == "~":
         try:
             return Condition(field, sign, re.compile(value))
@@ -79,4 +81,4 @@ def facts_of(field: str, row: int, sample: Sample) -> Any:
 
 def text_of(sample: Sample, field: str) -> str:
     value = sample.get(field)
-    return message_text(value) if isinstance(value, list) else str(value or "")
+    return message_text(value).lstrip("\n") if isinstance(value, list) else str(value or "")

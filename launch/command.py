@@ -17,11 +17,12 @@ USAGE = """usage: deepspeed launch/train_{objective}.py CONFIG [key=value ...] [
   --check         read settings and data, show what would run, load no weights
   --print-config  print the resolved settings"""
 
-OK, FAILED, USAGE_ERROR, AGAIN = 0, 1, 2, 75  # 75 is sysexits' EX_TEMPFAIL: the same command goes on
+# Done; failed; for the user to mend; stopped by a signal (sysexits' EX_TEMPFAIL): the same command goes on.
+OK, FAILED, USAGE_ERROR, AGAIN = 0, 1, 2, 75
 
 
 def main(objective: str, arguments: list[str]) -> int:
-    """Run the training script of `objective`; the exit code: 0 done, 1 failed, 2 for the user to mend, 75 stopped by a signal."""
+    """Run the training script of `objective`; the exit code (0 done, see below)."""
     flags = {word for word in arguments if word.startswith("-") and not word.startswith("--local_rank")}
     words = [word for word in arguments if not word.startswith("-")]
     if flags & {"-h", "--help"}:

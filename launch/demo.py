@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FOLDER = "runs/demo"  # what the YAMLs say
+OUR_PYTHON = ".venv/bin/python"  # as the Makefile names it
 CPU_PROCESSES = 2
 INTERRUPTED = 130
 # name -> (script, what it does, minutes on two cores as measured)
@@ -38,12 +39,12 @@ def start(goal: str, folder: Path) -> int:
     """One screen. Steps that are done are said to be."""
     if is_done(folder, goal):
         return 0
-    installed = (ROOT / ".venv" / ".installed").is_file() or os.environ.get("PYTHON", ".venv/bin/python") != (
-        ".venv/bin/python"
-    )
+    own_environment = os.environ.get("PYTHON", OUR_PYTHON) != OUR_PYTHON
+    installed = own_environment or (ROOT / ".venv" / ".installed").is_file()
+    drawn = (folder / "data" / "demo.json").is_file()
     steps = [
         ("install", "torch, deepspeed, transformers and the rest into .venv (about 6 GB)", 2.5, installed),
-        ("data", "draw scenes with captions, questions, right and wrong answers", 0.5, (folder / "data/demo.json").is_file()),
+        ("data", "draw scenes with captions, questions, right and wrong answers", 0.5, drawn),
         *((name, STAGES[name][1], STAGES[name][2], is_done(folder, name)) for name in CHAINS[goal]),
     ]
     print(f"pivot demo: a multimodal LLM of 1.4 million parameters, trained from nothing; all files below {folder}/\n")
@@ -135,6 +136,7 @@ COLUMNS = ("preference accuracy", "VQA accuracy", "reward accuracy", "reward mar
 
 def table(goal: str, folder: Path) -> int:
     """Accuracies on held-out scenes, untrained and after each stage, and where to go from here."""
+    rows: list[tuple[str, dict[str, Any], float | None]]
     rows = [("untrained", _evaluation(folder / "align", first=True), None)]
     rows += [(f"after {name}", _evaluation(folder / name), _seconds(folder, name)) for name in CHAINS[goal]]
     last = rows[-1][1]
@@ -160,7 +162,9 @@ def _share(found: dict[str, Any], name: str) -> str:
     interval = found.get("intervals", {}).get(name)
     if interval is None:
         return _number(found, name)
-    value, low, high = (interval[key] for key in ("value", "low", "high")) if isinstance(interval, dict) else interval[:3]
+    value, low, high = (
+        (interval[key] for key in ("value", "low", "high")) if isinstance(interval, dict) else interval[:3]
+    )
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 

@@ -62,7 +62,7 @@ LANGUAGE = {
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer with a token for each byte and ChatML's special ones, and no chat template (ChatML is the default)."""
+    """A token for each byte, ChatML's special ones, and no chat template (ChatML is the default)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -31,8 +31,8 @@ from pivot.inputs import Inputs, Say, build_plan, first_screen, open_inputs
 from pivot.metrics import RunLog, StepMetrics, Timer
 from pivot.models.attention import TREE_ATTENTION
 from pivot.models.build import Sources, build_mllm, weights_fingerprint
-from pivot.models.convert import write_llava
 from pivot.models.mllm import MLLM
+from pivot.models.parts import write_model
 from pivot.reference import ReferenceCache, reference_fingerprint
 from pivot.report import write_report
 from pivot.run import RunFolder
@@ -400,11 +400,11 @@ class Trainer:
         self.log.event("start", **(facts | self.engine.facts()))
 
     def _export(self) -> None:
-        """The trained model as an HF LLaVA folder, read back and compared by rank 0."""
+        """The trained model as an HF folder, read back and compared by rank 0."""
         state = self.engine.state_dict()
         with distributed.shared_failure("exporting"):
             if self.world.is_main:
-                write_llava(self.folder.export, self.model, state, self.inputs.processor)
+                write_model(self.folder.export, self.model, state, self.inputs.processor)
                 self.say(f"exported   {self.folder.export}")
 
     def _report(self) -> None:

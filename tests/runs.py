@@ -21,7 +21,7 @@ init_from: {init_from}
 deepspeed: ds_configs/zero3.json
 model: {{vision_tower: {{path: vision.json}}, language_model: {{path: language.json}}}}
 data: {{train: {train}, eval: {held_out}}}
-optim: {{lr: 1e-4, vision_tower: {{lr: 2e-5}}, projector: {{lr: "${{optim.lr}}"}}, language_model: {{lr: "${{optim.lr}}"}}}}
+optim: {{vision_tower: {{lr: 2e-5}}, projector: {{lr: 1e-4}}, language_model: {{lr: 5e-5}}}}
 train: {{global_batch_size: 64, max_steps: {steps}}}
 """
 

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.console import Output, bytes_text
+from data_tools.console import Output, bytes_text, count_text
 from data_tools.pack import PackOptions, Tally, pack, try_pack
 from data_tools.readers import READERS, find_reader
 from data_tools.readers.generic import FIELDS, parse_mapping
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         line.close()
         tally, num_samples, complete = result.tally, result.num_samples, result.complete
         size = sum(shard.bytes for shard in result.shards)
-        text = f"{options.out}: {num_samples} samples in {len(result.shards)} shards, {bytes_text(size)}"
+        text = f"{options.out}: {num_samples} samples in {count_text(len(result.shards), 'shard')}, {bytes_text(size)}"
     _show_tally(tally, num_samples, output)
     output.result(
         {"out": str(options.out), "samples": num_samples, "bytes": size, "complete": complete} | asdict(tally)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.console import Output
+from data_tools.console import Output, count_text
 from data_tools.copying import BYTES_PER_SHARD, SAMPLES_PER_SHARD, Choice, copy_samples, cut_rows, open_sets
 from data_tools.draw import shuffled
 
@@ -37,11 +37,11 @@ def run(options: argparse.Namespace, output: Output) -> int:
     if options.dry_run:
         spans = shards.index["span"][rows]
         num_shards = len(cut_rows(spans, choice.samples_per_shard, choice.bytes_per_shard)) - 1
-        output.say(f"would write {len(rows)} samples in {num_shards} shards to {options.out}")
+        output.say(f"would write {len(rows)} samples in {count_text(num_shards, 'shard')} to {options.out}")
     else:
         line = output.progress("samples")
         num_shards = len(copy_samples(choice, options.out, workers=options.workers, progress=line))
         line.close()
-        output.say(f"{options.out}: {len(rows)} samples in {num_shards} shards")
+        output.say(f"{options.out}: {len(rows)} samples in {count_text(num_shards, 'shard')}")
     output.result({"out": str(options.out), "samples": len(rows), "shards": num_shards})
     return 0

@@ -121,9 +121,9 @@ def _cut(split: str, num_scenes: int) -> list[Block]:
 
 def write_block(options: DemoOptions, block: Block) -> dict[str, Shard]:
     """One shard of each set that the block's scenes go into. Scene i depends on (seed, split, i) alone."""
-    names = ("captions", "questions", "preference") if block.split == "train" else ("eval",)
-    if block.first >= options.num_preference:
-        names = tuple(name for name in names if name != "preference")
+    names = ["captions", "questions", "preference"] if block.split == "train" else ["eval"]
+    if block.split == "train" and block.first >= options.num_preference:
+        names.remove("preference")
     writers = {name: ShardWriter(options.out / name, f"{name}-{block.number:06d}") for name in names}
     for number in range(block.first, block.last):
         for name, packed in make_samples(options, block.split, number):

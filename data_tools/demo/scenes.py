@@ -237,8 +237,9 @@ def _shade(colour: Colour, change: int) -> Colour:
 
 def _write_digit(canvas: Image.Image, digit: str, where: tuple[int, int], width: int) -> None:
     middle = (where[0] + width / 2, where[1] + width / 2)
-    style = {"font": _font(max(24, round(0.5 * width))), "anchor": "mm", "stroke_width": 3}
-    ImageDraw.Draw(canvas).text(middle, digit, (255, 255, 255), stroke_fill=(16, 16, 16), **style)
+    font = _font(max(24, round(0.5 * width)))
+    pen = ImageDraw.Draw(canvas)
+    pen.text(middle, digit, (255, 255, 255), font=font, anchor="mm", stroke_width=3, stroke_fill=(16, 16, 16))
 
 
 @cache

@@ -19,6 +19,7 @@ from pivot.geometry import OPEN_CLIP, read_config, read_vision_config
 from pivot.models.convert import is_llava, load_llava
 from pivot.models.language import build_language_model, fit_vocabulary
 from pivot.models.mllm import MLLM
+from pivot.models.parts import is_parts, load_projector, part_paths, require_agreement
 from pivot.models.projector import Projector
 from pivot.models.vision import build_vision_tower
 from pivot.processor import Processor
@@ -36,8 +37,12 @@ class Sources:
     taken: tuple[str, ...]  # the components that come from `init_from`
 
     @property
+    def from_parts(self) -> bool:
+        return self.init_from is not None and is_parts(self.init_from)
+
+    @property
     def whole_llava(self) -> bool:
-        return self.init_from is not None and is_llava(self.init_from)
+        return self.init_from is not None and not self.from_parts and is_llava(self.init_from)
 
 
 def settle_sources(config: Config) -> Sources:
@@ -47,6 +52,8 @@ def settle_sources(config: Config) -> Sources:
         return Sources(model, None, ())
     _require_folder(config.init_from)
     taken = tuple(config.init_parts or COMPONENTS)
+    if is_parts(config.init_from):
+        return _settle_parts(model, config.init_from, taken)
     if not is_llava(config.init_from) and taken not in (("vision_tower",), ("language_model",)):
         raise ValueError(
             f"init_from: {config.init_from} is not an HF LLaVA folder, so it holds one part; "
@@ -59,6 +66,15 @@ def settle_sources(config: Config) -> Sources:
                 _require_same_shape(name, section.path, config.init_from)
             section.path = config.init_from
     return Sources(model, config.init_from, taken)
+
+
+def _settle_parts(model: ModelConfig, init_from: str, taken: tuple[str, ...]) -> Sources:
+    if "projector" in taken:
+        require_agreement(init_from, model)
+    for name, path in part_paths(init_from).items():
+        if name in taken:
+            getattr(model, name).path = path
+    return Sources(model, init_from, taken)
 
 
 def _require_folder(path: str) -> None:
@@ -117,6 +133,9 @@ def build_mllm(
     if "projector" not in parts:
         width, hidden = parts["vision_tower"].width, parts["language_model"].config.hidden_size
         parts["projector"] = Projector(model.projector, width, hidden, dtype=dtype)
+        if sources.from_parts and "projector" in taken:
+            assert sources.init_from is not None
+            load_projector(sources.init_from, parts["projector"], dtype)
     return MLLM(parts["vision_tower"], parts["projector"], parts["language_model"])
 
 

@@ -231,6 +231,21 @@ def write_vision_tower(
         _compare_features(vision_tower, path, values)
 
 
+def save_language_model(
+    folder: str | Path, language_model: Any, state_dict: Mapping[str, Tensor], processor: Processor
+) -> None:
+    """Write the language model alone as an HF *ForCausalLM folder with its tokenizer; read back and compared."""
+    prefix, config = "language_model.", copy.deepcopy(language_model.config)
+    values = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    if config.tie_word_embeddings:
+        values.pop("lm_head.weight", None)
+    with without_partitioned_loading():
+        shell = _build_shell(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, values)
+        shell.generation_config = _to_generation_config(language_model.generation_config, processor)
+        _save_and_compare(folder, shell, values)
+        processor.tokenizer.save_pretrained(folder)
+
+
 def _write_open_clip(folder: Path, vision_tower: VisionTower, values: Mapping[str, Tensor], fit: str) -> str:
     """An open_clip folder: the image tower's values, and the text tower that the encoder came with."""
     import open_clip

@@ -36,6 +36,7 @@ class Chart:
     log: bool = False
     bounds: tuple[float, float] | None = None  # of y; None: from the data
     level: float | None = None  # a dashed line, such as chance
+    peak: bool = False  # the legend tells the highest value, not the last
 
     @property
     def is_empty(self) -> bool:
@@ -43,7 +44,9 @@ class Chart:
 
     def last(self, series: Series) -> str:
         values = running_mean(series.ys) if series.smooth else series.ys
-        return format_number(values[-1]) if values else ""
+        if not values:
+            return ""
+        return f"{format_number(max(values))} at most" if self.peak else format_number(values[-1])
 
     def svg(self) -> Markup:
         return _draw(self)

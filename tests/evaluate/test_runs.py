@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from tests.evaluate.sets import make_answered_set
 from tests.ranks import run_ranks
 from tests.tiny import tiny_llava
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES = 21
 
 
@@ -68,6 +72,36 @@ def test_evaluating_changes_nothing_in_training(runs: Path) -> None:
         found = load_file(runs / name / "export/model.safetensors")
         assert all(torch.equal(found[key], silent[key]) for key in silent), name
     assert not (runs / "silent/samples.jsonl").exists()
+
+
+def test_the_command_gives_the_numbers_of_the_loop(runs: Path, tmp_path: Path) -> None:
+    """From the export alone, another program, another token budget."""
+    command = [sys.executable, "launch/evaluate.py", "held-out", "--data", str(runs / "held-out")]
+    command += ["--model", f"start={runs / 'llava'}", "--model", f"dpo={runs / 'gathered-1'}"]
+    command += ["--cache-dir", str(tmp_path), "--json", str(tmp_path / "found.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=rank_free_environment())
+    assert done.returncode == 0, done.stderr
+    assert "preference accuracy" in done.stdout and "less start" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name, step in (("start", 0), ("dpo", 3)):
+        expected = evaluations(runs, "gathered-1")[step]
+        metrics = found["models"][name]["metrics"]
+        assert {PREFERENCE, f"{PREFERENCE}_per_token", VQA} <= metrics.keys()
+        assert metrics == pytest.approx({key: expected[key] for key in metrics}, abs=1e-6)
+        expected_answers = [row["generated"] for row in answers(runs, "gathered-1") if row["step"] == step]
+        assert [answer["generated"] for answer in found["models"][name]["answers"]] == expected_answers
+    before, after = (read_outcomes(runs / "gathered-1", step) for step in (0, 3))
+    assert found["differences"][PREFERENCE]["dpo"] == pytest.approx(list(compare(before, after, PREFERENCE) or ()))
+
+
+def rank_free_environment() -> dict[str, str]:
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in names} | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def test_every_run_ends_with_a_report(runs: Path) -> None:
+    for name in ("gathered-2", "silent", "sft"):
+        assert "<svg" in (runs / name / "report.html").read_text()
 
 
 def test_sft_reports_preference_accuracy_too(runs: Path) -> None:

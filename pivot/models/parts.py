@@ -1,0 +1,90 @@
+"""A trained model in a folder: HF LLaVA where that can express it, else its parts side by side, each in its own form.
+
+    parts.json               says that this is such a folder, and what the projector is
+    vision_tower/            as its library writes it (open_clip: local-dir), what was set aside back in its place
+    projector.safetensors
+    language_model/          an HF *ForCausalLM with the tokenizer
+
+Both are what `init_from` takes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pivot.config import ModelConfig
+from pivot.geometry import OPEN_CLIP
+from pivot.models.convert import save_language_model, to_llava_config, write_llava, write_vision_tower
+from pivot.models.mllm import MLLM
+from pivot.models.projector import Projector
+from pivot.processor import Processor
+
+PARTS = "parts.json"
+
+
+def write_model(folder: Path, model: MLLM, state_dict: Mapping[str, Tensor], processor: Processor) -> None:
+    """Write the MLLM whose whole state dict (our names) is `state_dict`; what is written is read back and compared."""
+    try:
+        to_llava_config(model.vision_tower, model.projector, model.language_model, processor)
+    except ValueError as reason:
+        write_parts(folder, model, state_dict, processor, reason=str(reason))
+    else:
+        write_llava(folder, model, state_dict, processor)
+
+
+def write_parts(
+    folder: Path, model: MLLM, state_dict: Mapping[str, Tensor], processor: Processor, *, reason: str
+) -> None:
+    """Write the three parts; `parts.json` comes last and says why this is not an HF LLaVA."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_vision_tower(folder / "vision_tower", model.vision_tower, state_dict, processor)
+    projector = {
+        n.removeprefix("projector."): v.contiguous() for n, v in state_dict.items() if n.startswith("projector.")
+    }
+    save_file(projector, folder / "projector.safetensors")
+    save_language_model(folder / "language_model", model.language_model, state_dict, processor)
+    section = model.vision_tower.section
+    facts = {"projector": model.projector.kind, "layer": section.layer, "post_norm": section.post_norm}
+    facts |= {"cls": section.cls, "open_clip": model.vision_tower.is_open_clip, "not_llava_because": reason}
+    (folder / PARTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def is_parts(path: str) -> bool:
+    return (Path(path) / PARTS).is_file()
+
+
+def part_paths(path: str) -> dict[str, str]:
+    """Where a folder of parts holds the encoder and the language model, as `model.*.path` names them."""
+    prefix = f"{OPEN_CLIP}local-dir:" if _read(path)["open_clip"] else ""
+    return {"vision_tower": f"{prefix}{path}/vision_tower", "language_model": f"{path}/language_model"}
+
+
+def require_agreement(path: str, model: ModelConfig) -> None:
+    """ValueError where the run's settings ask for other features or another projector than the folder was made with."""
+    facts, section = _read(path), model.vision_tower
+    for key, name, wanted in (
+        ("model.projector", "projector", model.projector),
+        ("model.vision_tower.layer", "layer", section.layer),
+        ("model.vision_tower.post_norm", "post_norm", section.post_norm),
+        ("model.vision_tower.cls", "cls", section.cls),
+    ):
+        if facts[name] != wanted:
+            raise ValueError(f"{key}: {wanted}, but '{path}' was made with {facts[name]}; set {key}={facts[name]}")
+
+
+def load_projector(path: str, projector: Projector, dtype: torch.dtype) -> Projector:
+    """Fill `projector` from a folder of parts, strictly."""
+    values = {name: value.to(dtype) for name, value in load_file(Path(path) / "projector.safetensors").items()}
+    projector.load_state_dict(values, strict=True)
+    return projector
+
+
+def _read(path: str) -> dict[str, Any]:
+    return json.loads((Path(path) / PARTS).read_text())

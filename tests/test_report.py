@@ -1,0 +1,176 @@
+"""The report: whole, self-contained, and text stays text whatever it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pivot.evaluate.outcomes import SampleAnswer
+from pivot.report import write_report
+from pivot.report.charts import Chart, Series, format_number, nice_ticks, running_mean
+from pivot.report.read import find_previous, read_run
+from tests.data.fakes import make_set
+from tests.runs import make_run
+
+ROOT = Path(__file__).resolve().parent.parent
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 6 }}\"'&"
+
+
+def questions(count: int = 16, text: str = "What colour?") -> list[SampleAnswer]:
+    return [SampleAnswer(row, f"id{row}", f"{text} {row}", "red", "blue", row % 5 > 0) for row in range(count)]
+
+
+class Page(HTMLParser):
+    """Tags that were opened, and those that were closed in the wrong order."""
+
+    VOID = frozenset({"meta", "img", "link", "br"})
+    SELF_CLOSED = frozenset({"line", "polyline"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.mismatched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.mismatched.append(tag)
+
+
+def test_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    shards = make_set(tmp_path)
+    run = make_run(tmp_path / "dpo", "dpo", questions(), held_out=str(shards.parts[0].folder), skill=(0.5, 0.8))
+    path = write_report(run)
+    assert path == run / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert not page.mismatched and not page.open
+    assert {tag for tag, _ in page.tags} >= {"svg", "polyline", "table", "img", "pre"}
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "form"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        assert not {"href", "srcset", "action"} & attributes.keys()
+        assert (attributes.get("src") or "data:image/png;").startswith(("data:image/png;", "data:image/jpeg;"))
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert "nan" not in " ".join(attributes.get("points") or "" for _, attributes in page.tags)
+    for expected in ("Preference accuracy", "Answer accuracy", "Gradient norm", "12 chosen equals rejected"):
+        assert expected in text
+    assert "What colour? 3" in text and "global_batch_size: 64" in text and "torch version" in text
+
+
+def test_text_stays_text(tmp_path: Path) -> None:
+    """In a question, an answer, a generated answer, a path of the settings, a metric's name and the folder's name."""
+    folder = tmp_path / "<b>run"
+    asked = [SampleAnswer(0, EVIL, f"Q {EVIL}", f"A {EVIL}", f"G {EVIL}", False)]
+    make_run(folder, "sft", asked, held_out="sets/<script>alert(3)</script>", skill=(0.2, 0.3))
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 121, "loss": 0.5, "loss/<script>": 0.5, "lr/projector": 1e-5}) + "\n")
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "b!", "img"}
+    assert not page.mismatched
+    assert "Q &lt;script&gt;alert(1)&lt;/script&gt;&lt;img" in text
+    for prefix in "QAG":
+        assert f"{prefix} &lt;script&gt;" in text
+    assert "{{ 7 * 6 }}" in text
+    assert "default-src 'none'" in text
+
+
+def test_the_chain_is_found_through_init_from(tmp_path: Path) -> None:
+    asked = questions()
+    align = make_run(tmp_path / "align", "sft", asked, held_out="set", skill=(0.0, 0.1))
+    sft = make_run(tmp_path / "sft", "sft", asked, held_out="set", skill=(0.1, 0.7), init_from=align)
+    dpo = make_run(tmp_path / "dpo", "dpo", asked, held_out="set", skill=(0.7, 0.8), init_from=sft)
+    assert [run.name for run in find_previous(read_run(dpo))] == ["align", "sft"]
+    text = write_report(dpo).read_text()
+    header = re.search(r"<thead><tr>(.*?)</tr>", text, re.DOTALL)
+    assert header is not None
+    labels = re.findall(r'<th scope="col">(.*?)</th>', header[1])
+    assert labels == ["", "untrained", "after align", "after sft", "after dpo", "change"]
+    alone = write_report(dpo, previous=[]).read_text()
+    assert "before dpo" in alone and "after sft" not in alone
+
+
+def test_runs_scored_on_other_sets_are_not_compared(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first", "sft", questions(), held_out="other", skill=(0.0, 0.1))
+    second = make_run(tmp_path / "second", "sft", questions(), held_out="set", skill=(0.1, 0.7), init_from=first)
+    text = write_report(second).read_text()
+    assert "after first" not in text and "before second" in text
+
+
+def test_a_run_without_evaluation_or_steps_has_a_report_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "sft", [], held_out="set", skill=(0, 0))
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if row.get("event") != "eval"]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"step": 12, "lo')
+    assert "On data it never saw" not in write_report(run).read_text()
+    (run / "log.jsonl").write_text("")
+    (run / "status").unlink()
+    assert "unknown" in write_report(run).read_text()
+
+
+def test_repeated_rows_count_once_and_null_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "sft", [], held_out="set", skill=(0, 0), steps=3)
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 9.0}\n{"step": 3, "loss": null}\n')
+    xs, ys = read_run(run).series("loss")
+    assert xs == [1, 2] and ys[1] == 9.0
+
+
+def test_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no config.yaml, so it is no run"):
+        write_report(tmp_path)
+
+
+def test_the_command_writes_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "sft", questions(4), held_out="set", skill=(0.1, 0.2))
+    command = [sys.executable, "launch/report.py", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_file()
+
+
+# -- charts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [(0, "0"), (0.12345, "0.123"), (12.34, "12.3"), (100.0, "100"), (11858.0, "11,858"), (1.2e-6, "1.2e-06")],
+)
+def test_format_number(value: float, expected: str) -> None:
+    assert format_number(value) == expected
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3.7, 12), (0.071, 0.0713), (5, 5), (0, 0), (1e-9, 3e-9), (10, 4e6)])
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert len(ticks) <= 6
+    assert all(low - 1e-9 * abs(low) <= tick <= high + 1e-9 * abs(high) for tick in ticks)
+    assert low == high or len(ticks) >= 2
+
+
+def test_running_mean_has_no_bias_at_the_start() -> None:
+    assert running_mean([3.0] * 50) == pytest.approx([3.0] * 50)
+    assert running_mean([]) == []
+
+
+@pytest.mark.parametrize("ys", [[1.0], [0.0, 0.0], [2.0, 2.0, 2.0], [1e-9, 1.0], [-1.0, 1e6]])
+@pytest.mark.parametrize("log", [False, True])
+def test_any_values_give_a_figure(ys: list[float], log: bool) -> None:
+    svg = Chart("t", [Series("s", 1, list(range(len(ys))), ys, smooth=True)], log=log).svg()
+    assert "nan" not in svg and "inf" not in svg
