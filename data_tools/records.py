@@ -67,7 +67,7 @@ def as_images(value: Any) -> tuple[str | ImageBytes, ...] | None:
 
 
 def _as_image(value: Any) -> str | ImageBytes | None:
-    if isinstance(value, str):
+    if isinstance(value, str | ImageBytes):
         return value
     if isinstance(value, bytes):
         return ImageBytes(value)

@@ -9,7 +9,7 @@ import os
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import webdataset
@@ -70,7 +70,7 @@ class ShardWriter:
                 record["crc32"] = zlib.crc32(content[start : start + int(record["span"])])
             size, sha256 = len(content), hashlib.sha256(content).hexdigest()
         index = np.array(self._records, dtype=INDEX_RECORD).tobytes()
-        os.fsync(self._file.fileno())
+        _fsync(self._file)
         self._file.close()
         _part(self._tar_path).replace(self._tar_path)
         write_atomically(self._idx_path, index)
@@ -83,7 +83,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     with _part(path).open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        _fsync(file)
     _part(path).replace(path)
     sync_folder(path.parent)
 
@@ -99,6 +99,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fsync(file: IO[bytes]) -> None:
+    os.fsync(file.fileno())
 
 
 def _part(path: Path) -> Path:

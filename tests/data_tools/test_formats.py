@@ -50,7 +50,7 @@ def trl_content(name, text):
 
 
 ROWS = {
-    "llava_dpo": lambda i, name, q, c, r: {"id": i, "prompt": shown(name, q), "chosen": c, "rejected": r, "image": name},
+    "llava_dpo": lambda i, name, q, c, r: {"prompt": shown(name, q), "chosen": c, "rejected": r, "image": name},
     "rlaif_v": lambda i, name, q, c, r: {"question": q, "chosen": c, "rejected": r, "image": name},
     "rlhf_v": lambda i, name, q, c, r: {"text": json.dumps({"question": q, "chosen": c, "rejected": r}), "image": name},
     "trl": lambda i, name, q, c, r: {

@@ -15,6 +15,8 @@ from tests.tiny import tiny_llava
 WORLDS = (1, 2)
 STAGES = (0, 1, 2, 3)
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks of the file
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,13 +13,15 @@ from tests.data.fakes import make_set
 from tests.ranks import run_ranks
 from tests.tiny import tiny_llava
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks of the file
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     tiny_llava(folder / "llava")
     make_set(folder)
-    run_ranks("tests.ranks.scenarios_train:everything", 2, folder, limit_s=300)
+    run_ranks("tests.ranks.scenarios_train:everything", 2, folder, limit_s=600)
     return folder
 
 
