@@ -4,11 +4,13 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-all check sft dpo demo-start demo-sft demo-dpo clean
+.PHONY: help venv test test-all check shards bench sft dpo demo-start demo-sft demo-dpo clean
 
 CONFIG ?=
 ARGS ?=
 NPROC ?=
+SRC ?=
+OUT ?=
 PYTEST_WORKERS ?= 2
 
 # The user's interpreter is taken as it is. Ours is made, and made anew when setup.py changes.
@@ -20,7 +22,7 @@ endif
 DEMO ?= runs/demo
 SEED ?= 0
 # Recipes read these from the environment, in quotes: a path with spaces, quotes or semicolons stays one word.
-export PYTHON CONFIG NPROC SEED
+export PYTHON CONFIG NPROC SEED SRC OUT
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # A console script would not start from a folder with a space in its name; `-m` does. The folder of the interpreter's
 # scripts goes on PATH because DeepSpeed looks for `ninja` there.
@@ -48,6 +50,14 @@ check: $(ENVIRONMENT)  ## Lint, check the formatting and the types
 	@"$$PYTHON" -m ruff check .
 	@"$$PYTHON" -m ruff format --check .
 	@"$$PYTHON" -m mypy $(CODE)
+
+shards: $(ENVIRONMENT)  ## Pack a data set: SRC=folder-or-file OUT=folder ARGS="--image-root DIR"
+	@if [ -z "$$SRC" ] || [ -z "$$OUT" ]; then \
+	  echo 'SRC or OUT is absent: make shards SRC=MMPR-v1.2 OUT=shards/mmpr [ARGS="--image-root DIR"]' >&2; exit 2; fi
+	@"$$PYTHON" -m data_tools pack "$$SRC" --out "$$OUT" $(if $(strip $(NPROC)),--workers "$$NPROC") $(ARGS)
+
+bench: $(ENVIRONMENT)  ## Measure how fast samples are read, on one core
+	@"$$PYTHON" benchmarks/data_loading.py $(ARGS)
 
 sft:  ## The demo chain up to SFT; with CONFIG=run.yaml that SFT run alone
 dpo:  ## The demo chain up to DPO; with CONFIG=run.yaml that DPO run alone

@@ -16,7 +16,8 @@ def read_version() -> str:
     return found[1]
 
 
-TEST = ["pytest>=8", "pytest-xdist", "pytest-timeout", "trl>=1.16"]  # trl: the losses are compared with its own
+REMOTE = ["fsspec[http,s3,gs]", "huggingface_hub"]  # to train from shards that lie elsewhere
+TEST = ["pytest>=8", "pytest-xdist", "pytest-timeout", "trl>=1.16", "fsspec[http]"]  # trl: losses are compared to its own
 CHECK = ["ruff", "mypy"]
 
 setup(
@@ -44,9 +45,11 @@ setup(
         "tensorboard",
         "ninja",  # DeepSpeed compiles its CPU collectives at the first start
         "fsspec",
+        "pyarrow",  # Parquet, the form of most data sets on the hub
     ],
     extras_require={
         "flash": ["flash-attn"],  # no wheels: needs a CUDA toolkit that matches torch
+        "remote": REMOTE,
         "test": TEST,
         "check": CHECK,
         "dev": TEST + CHECK,

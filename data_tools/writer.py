@@ -50,13 +50,14 @@ class ShardWriter:
         """The tar entries of a sample that is packed already, byte for byte, with its index record."""
         moved = record.copy()
         moved["offset"] = self._writer.tarstream.offset
-        self._file.write(entries)
+        self._writer.tarstream.fileobj.write(entries)
         self._writer.tarstream.offset += len(entries)
         self._records.append(moved)
         self.num_bytes = self._writer.tarstream.offset
 
     def abandon(self) -> None:
         """Remove what was written, after a failure; a full disk is not left full."""
+        self._writer.tarstream.fileobj.closed = True  # or its end would be written when it is collected
         self._file.close()
         _part(self._tar_path).unlink(missing_ok=True)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +21,12 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from pivot.config import COMPONENTS, ConfigError, OptimConfig
 from pivot.distributed import World, any_rank
+from pivot.meter import ComponentMeter
 
 ONE_SUB_GROUP = 10**12  # ZeRO-3 steps a component in one piece, so that its norms are those of the whole component
 NEVER = 10**12
 WHOLE_WEIGHTS_SHARE = 0.5  # of a GPU's free memory that `Engine.whole_weights` may take
 WHOLE_WEIGHTS_ON_CPU = 4 * 2**30  # bytes a rank
-MEASURE_CHUNK = 2**24  # elements; the norms of a step are taken without a second copy of the weights
 
 
 def build_deepspeed_config(settings: dict[str, Any], *, max_grad_norm: float, bf16: bool) -> dict[str, Any]:
@@ -267,90 +266,3 @@ def _build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, config: d
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=optim.betas, eps=optim.eps, adamw_mode=True)
     fused = torch.cuda.is_available() and groups[0]["params"][0].is_cuda
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused)
-
-
-class ComponentMeter:
-    """Gradient norm and update ratio per component, read inside the optimizer's own step.
-
-    `observe` runs as the optimizer's post-step hook, where each group holds this rank's flat partition (ZeRO 1-3)
-    or the plain parameters (ZeRO 0). The update is worked out from the optimizer's state, chunk by chunk, so
-    no copy of the weights is made.
-    """
-
-    GRADIENT, UPDATE, WEIGHT = range(3)
-
-    def __init__(self, optimizer_name: str) -> None:
-        self._is_sgd = optimizer_name == "sgd"
-        self._enabled = False
-        self._squares: dict[str, Tensor] = {}
-        self._full_gradients: dict[str, Tensor] = {}
-
-    def start(self, *, enabled: bool) -> None:
-        self._enabled = enabled
-        self._squares, self._full_gradients = {}, {}
-
-    @torch.no_grad()
-    def observe_full_gradients(self, groups: list[dict[str, Any]]) -> None:
-        """ZeRO-0 only: the gradients before DeepSpeed clips them in place, which loses the factor."""
-        for group in groups:
-            squares = [p.grad.double().square().sum() for p in group["params"] if p.grad is not None]
-            self._full_gradients[group["component"]] = torch.stack(squares).sum().float()
-
-    @torch.no_grad()
-    def observe(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not self._enabled:
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    squares = self._squares_of(parameter, optimizer.state[parameter], group)
-                    name = group["component"]
-                    self._squares[name] = squares + self._squares[name] if name in self._squares else squares
-
-    def _squares_of(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """float64[3]: squared norms of the (clipped) gradient, of the update just made, of the weights."""
-        flat, grad = parameter.view(-1), parameter.grad.view(-1)  # type: ignore[union-attr]  # observe checked it
-        total = torch.zeros(3, dtype=torch.float64, device=flat.device)
-        for start in range(0, flat.numel(), MEASURE_CHUNK):
-            rows = slice(start, start + MEASURE_CHUNK)
-            weight, gradient = flat[rows].float(), grad[rows].float()
-            update = self._update(weight, gradient, state, group, rows)
-            parts = (gradient, update, weight)
-            total += torch.stack([part.square().sum(dtype=torch.float64) for part in parts])
-        return total
-
-    def _update(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], rows: slice
-    ) -> Tensor:
-        """w_new - w_old, from w_new: w_new = (1 - lr * decay) * w_old - lr * direction."""
-        lr, decay = group["lr"], group["weight_decay"]
-        if self._is_sgd:  # torch's SGD adds decay * w_old to the gradient: the same formula
-            direction = gradient
-        else:
-            beta1, beta2 = group["betas"]
-            step = float(state["step"])
-            first = state["exp_avg"].view(-1)[rows].float() / (1 - beta1**step)
-            second = state["exp_avg_sq"].view(-1)[rows].float() / (1 - beta2**step)
-            direction = first / (second.sqrt() + group["eps"])  # arxiv.org/abs/1711.05101, algorithm 2
-        return -lr * (direction + decay * weight) / (1 - lr * decay)
-
-    def results(self, partitioned: bool, total_norm: float | Tensor | None, world: World) -> dict[str, float]:
-        """grad_norm (before clipping), per component and in all, and update_ratio = |update| / |weights|."""
-        names = sorted(self._squares)
-        if not names:  # the step was skipped
-            return {"grad_norm": math.inf}
-        squares = torch.stack([self._squares[name] for name in names])
-        if partitioned:
-            torch.distributed.all_reduce(squares)
-        else:
-            squares[:, self.GRADIENT] = torch.stack([self._full_gradients[name] for name in names]).double()
-        gradient, update, weight = squares.sqrt().cpu().unbind(1)
-        clipped = float(gradient.square().sum().sqrt())
-        # DeepSpeed's norm is the one before clipping; the ratio of both is the factor to undo.
-        whole = clipped if not partitioned or total_norm is None else float(total_norm)
-        undo = whole / clipped if clipped > 0 else 1.0
-        metrics = {"grad_norm": whole}
-        for i, name in enumerate(names):
-            metrics[f"grad_norm/{name}"] = float(gradient[i]) * undo
-            metrics[f"update_ratio/{name}"] = float(update[i] / weight[i]) if weight[i] > 0 else 0.0
-        return metrics

@@ -33,9 +33,9 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 def is_remote(path: str) -> bool:
     """Whether `path` is a URL that can be fetched. Raises ValueError for `pipe:` and for unknown protocols."""
     found = _SCHEME.match(path)
-    if not found or not (found[2] or found[1] == "pipe"):
+    if not found or not (found[2] or found[1].lower() == "pipe"):
         return False
-    if found[1] == "pipe":
+    if found[1].lower() == "pipe":
         raise ValueError(f"{path}: pipe: would run a command, which is refused; give an https, s3, gs or hf address")
     if found[1].lower() not in PROTOCOLS:
         raise ValueError(f"{shown(path)}: expected a folder, or one of {', '.join(f'{p}://' for p in PROTOCOLS[:5])}")

@@ -16,6 +16,7 @@ import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pivot.data.samples import KEY_PATTERN, Sample, parse_sample
 
 MANIFEST_VERSION = 1
 BLOCK = 512  # of a tar
+OPENING_THREADS = 8
 MAX_OPEN_FILES = 128  # per process; the usual limit is 1024 and a set may hold 10,000 shards
 SHARD_NAME = re.compile(r"[0-9A-Za-z_-]{1,80}")
 
@@ -307,22 +309,31 @@ def _read_manifest_text(folder: str, path: str, cache: ShardCache | None) -> byt
 
 
 def _read_indexes(part: Part, cache: ShardCache | None) -> np.ndarray:
-    """INDEX_RECORD[samples] of all shards, read into one block: 10 million records take 640 MB and no copy."""
+    """INDEX_RECORD[samples] of all shards, read into one block: 10 million records take 640 MB and no copy.
+
+    By threads, since reading and hashing leave the interpreter free, and opening files over a network is slow.
+    """
     index = np.empty(part.samples, dtype=INDEX_RECORD)
-    first = 0
-    for shard in part.shards:
-        if not is_remote(part.folder):
-            _check_shard(Path(part.folder), shard)
-        _read_index(part.folder, shard, cache, index[first : first + shard.samples])
-        first += shard.samples
+    ends = np.cumsum([shard.samples for shard in part.shards])
+    local = not is_remote(part.folder)
+
+    def read(shard: Shard, end: int) -> None:
+        if local:
+            _check_shard(part.folder, shard)
+        _read_index(part.folder, shard, cache, index[end - shard.samples : end])
+
+    with ThreadPoolExecutor(OPENING_THREADS) as pool:
+        for _ in pool.map(read, part.shards, ends.tolist()):
+            pass  # in the manifest's order, so that of several errors the first is raised
     return index
 
 
-def _check_shard(folder: Path, shard: Shard) -> None:
-    path = folder / "shards" / f"{shard.name}.tar"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, though manifest.json lists it; copy the data set again")
-    found = path.stat().st_size
+def _check_shard(folder: str, shard: Shard) -> None:
+    path = f"{folder}/shards/{shard.name}.tar"
+    try:
+        found = os.stat(path).st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing, though manifest.json lists it; copy the data set again") from error
     if found != shard.bytes:
         raise ValueError(f"{path} holds {found} bytes, manifest.json says {shard.bytes}; the copy is cut: repeat it")
 
@@ -332,13 +343,15 @@ def _read_index(folder: str, shard: Shard, cache: ShardCache | None, records: np
         assert cache is not None
         path = cache.fetch(join_url(folder, "index", f"{shard.name}.idx"), sha256=shard.idx_sha256)
     else:
-        path = Path(folder) / "index" / f"{shard.name}.idx"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, though manifest.json lists its shard; copy the data set again")
-    size = path.stat().st_size
-    if size != records.nbytes:
-        raise ValueError(f"{path} holds {size} bytes, expected 64 for each of {shard.samples} samples; pack it again")
-    with path.open("rb") as file:
-        file.readinto(records.view(np.uint8).data)
+        path = Path(f"{folder}/index/{shard.name}.idx")
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != records.nbytes or file.readinto(records.view(np.uint8).data) != size:
+                raise ValueError(
+                    f"{path} holds {size} bytes, expected 64 for each of {shard.samples} samples; copy it again"
+                )
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing, though manifest.json lists its shard; copy the data set again") from error
     if hashlib.sha256(records.view(np.uint8).data).hexdigest() != shard.idx_sha256:
         raise ValueError(f"{path}: sha256 differs from manifest.json; the index is damaged: copy the data set again")

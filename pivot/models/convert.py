@@ -240,7 +240,8 @@ def save_language_model(
     if config.tie_word_embeddings:
         values.pop("lm_head.weight", None)
     with without_partitioned_loading():
-        shell = _build_shell(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, values)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        shell = _build_shell(model_class, config, values)
         shell.generation_config = _to_generation_config(language_model.generation_config, processor)
         _save_and_compare(folder, shell, values)
         processor.tokenizer.save_pretrained(folder)

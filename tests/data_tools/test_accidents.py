@@ -1,4 +1,4 @@
-"""Hostile images, a full disk, two packs into one folder, a kill: a clear error or a counted drop, and no other loss."""
+"""Hostile images, a full disk, two packs into one folder, a kill: a clear error or a counted drop, and no loss."""
 
 import errno
 import fcntl

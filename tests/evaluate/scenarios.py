@@ -31,9 +31,9 @@ def runs(folder: Path) -> None:
     """The same DPO run with weights gathered for the answers, with all ranks in step, and without evaluation; SFT."""
     ranks = dist.get_world_size()
     train(config_of(folder, f"gathered-{ranks}", "dpo"))
-    if ranks > 1:
-        room, engine.WHOLE_WEIGHTS_ON_CPU = engine.WHOLE_WEIGHTS_ON_CPU, 0
-        train(config_of(folder, "in-step", "dpo"))
-        engine.WHOLE_WEIGHTS_ON_CPU = room
-        train(config_of(folder, "silent", "dpo", **{"data.eval": "null"}))
+    if ranks == 1:
         train(config_of(folder, "sft", "sft", **{"evaluate.every_steps": "0", "checkpoint.resume": "none"}))
+        return
+    train(config_of(folder, "silent", "dpo", **{"data.eval": "null"}))
+    engine.WHOLE_WEIGHTS_ON_CPU = 0
+    train(config_of(folder, "in-step", "dpo"))

@@ -1,0 +1,224 @@
+"""Remote sets: fetched once, verified, under the cap, by one downloader at a time; commands are refused."""
+
+import functools
+import http.server
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import pytest
+
+from pivot.data import remote
+from pivot.data.ahead import FetchAhead
+from pivot.data.loader import Loader
+from pivot.data.remote import ShardCache, is_remote, join_url, shown
+from pivot.data.shards import DamagedSample, ShardSet
+from tests.data.fakes import FakeProcessor, make_plan, make_set
+from tests.data.test_loader import assert_equal_batches, take
+
+URL = "memory://sets/tiny"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("remote"), count=40, samples_per_shard=4)
+
+
+@pytest.fixture
+def uploaded(packed):
+    """The set in fsspec's memory, which has the one interface that s3, gs and hf have too."""
+    files = fsspec.filesystem("memory")
+    files.put(str(packed.folder) + "/", "/sets/tiny/", recursive=True)
+    yield files
+    files.rm("/sets", recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
+
+
+def test_a_remote_set_reads_as_the_local_one(packed, uploaded, tmp_path):
+    far = ShardSet.open(URL, ShardCache(tmp_path / "cache"))
+    assert far.fingerprint == packed.fingerprint and far.is_remote and not packed.is_remote
+    assert not list(tmp_path.rglob("*.tar")), "the index alone opens it"
+    assert far.read(7) == packed.read(7)
+    assert len(list(tmp_path.rglob("*.tar"))) == 1
+    assert all(far.read(row) == packed.read(row) for row in range(40))
+    assert not list(tmp_path.rglob("*.part"))
+    for path in (tmp_path / "cache").rglob("*.tar"):
+        assert path.parent.name == path.name[:2]
+
+
+def test_a_second_reader_fetches_nothing(uploaded, tmp_path):
+    cache = ShardCache(tmp_path)
+    first = ShardSet.open(URL, cache)
+    [first.read(row) for row in range(40)]
+    again = ShardSet.open(URL, cache)
+    uploaded.rm("/sets/tiny/shards", recursive=True)
+    assert again.read(0) == first.read(0)
+    uploaded.put(str(tmp_path), "/sets/tiny/shards", recursive=True)  # for the fixture to remove
+
+
+def test_loaders_read_ahead_and_hold_equal_batches(packed, uploaded, tmp_path):
+    far = ShardSet.open(URL, ShardCache(tmp_path / "cache"))
+    plan = make_plan(packed, tmp_path / "lengths", window_shards=2, world_size=1)
+    near = take(Loader(packed, plan, FakeProcessor()), 6)
+    for workers in (0, 2):
+        found = take(Loader(far, plan, FakeProcessor(), workers=workers), 6)
+        for step, other in zip(near, found, strict=True):
+            for left, right in zip(step, other, strict=True):
+                assert_equal_batches(left, right)
+
+
+def test_fetching_ahead_goes_in_the_order_of_need_and_stays_in_two_windows(packed, uploaded, tmp_path):
+    far = ShardSet.open(URL, ShardCache(tmp_path / "cache"))
+    plan = make_plan(packed, tmp_path / "lengths", window_shards=2, world_size=1, global_batch_size=8)
+    ahead = FetchAhead(far, plan, first_step=0, max_shards=4)
+    wanted = ahead.upcoming(0)
+    assert len(wanted) == 4
+    assert set(wanted[:2]) == {far.locate(int(row))[0] for row in plan.step_ids(0)}
+    deadline = time.monotonic() + 10
+    while len(list(tmp_path.rglob("*.tar"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    names = {path.stem for path in tmp_path.rglob("*.tar")}
+    assert names == {far.shards[number].sha256 for number in wanted}
+    ahead.move_to(1)
+    ahead.stop()
+
+
+def test_the_cap_holds_and_the_oldest_goes(packed, uploaded, tmp_path):
+    size = max(shard.bytes for shard in packed.shards)
+    cache = ShardCache(tmp_path, max_bytes=3 * size)
+    far = ShardSet.open(URL, cache)
+    for shard in range(10):
+        far.fetch(shard)
+        os.utime(cache.path(far.shards[shard].sha256), (shard, shard))
+        assert cache.used_bytes() <= cache.max_bytes
+    left = {path.stem for path in tmp_path.rglob("*.tar")}
+    assert far.shards[9].sha256 in left and far.shards[0].sha256 not in left
+    assert all(far.read(row) == packed.read(row) for row in range(39, -1, -1))  # fetched again where it must be
+    assert cache.used_bytes() <= cache.max_bytes
+    with pytest.raises(ValueError, match="is over the cap"):
+        ShardCache(tmp_path / "small", max_bytes=100).fetch(
+            join_url(URL, "shards", "tiny-000000.tar"), sha256="0" * 64, num_bytes=size
+        )
+
+
+def test_an_open_file_of_an_evicted_shard_is_closed(packed, uploaded, tmp_path):
+    cache = ShardCache(tmp_path)
+    far = ShardSet.open(URL, cache)
+    far.read(0)
+    cache.path(far.shards[0].sha256).unlink()
+    far.read(4)
+    assert list(far._files) == [1]
+
+
+def test_content_that_is_another_is_refused(packed, uploaded, tmp_path):
+    with uploaded.open("/sets/tiny/shards/tiny-000003.tar", "wb") as file:
+        file.write(b"another upload")
+    far = ShardSet.open(URL, ShardCache(tmp_path))
+    with pytest.raises(ValueError, match=r"tiny-000003.tar: sha256 .* is not that of the manifest"):
+        far.fetch(3)
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.tar"))
+
+
+def test_what_is_missing_is_named(uploaded, tmp_path):
+    with pytest.raises(ValueError, match=r"memory://sets/none/manifest.json does not exist"):
+        ShardSet.open("memory://sets/none", ShardCache(tmp_path))
+    with pytest.raises(ValueError, match="there is no shard cache"):
+        ShardSet.open(URL)
+
+
+def test_a_network_that_stutters_is_tried_again(uploaded, tmp_path, monkeypatch):
+    failures = iter([ConnectionError("reset"), TimeoutError("slow")])
+    real = remote._copy
+
+    def copy(url, part):
+        for error in failures:
+            raise error
+        return real(url, part)
+
+    monkeypatch.setattr(remote, "_copy", copy)
+    assert ShardSet.open(URL, ShardCache(tmp_path)).read(0)
+
+    def refuse(url, part):
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(remote, "_copy", refuse)
+    far = ShardSet.open(URL, ShardCache(tmp_path))
+    with pytest.raises((OSError, DamagedSample), match="ConnectionError: reset .4 tries."):
+        far.fetch(5)
+
+
+def test_one_download_for_many_readers(uploaded, tmp_path, monkeypatch):
+    copied, real = [], remote._copy
+
+    def copy(url, part):
+        copied.append(url)
+        time.sleep(0.05)
+        return real(url, part)
+
+    monkeypatch.setattr(remote, "_copy", copy)
+    far = ShardSet.open(URL, ShardCache(tmp_path))
+    copied.clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert len({str(path) for path in pool.map(far.fetch, [2] * 4)}) == 1
+    assert len(copied) == 1
+
+
+def test_equal_shards_of_two_sets_are_kept_once_and_names_cannot_collide(packed, uploaded, tmp_path):
+    uploaded.put(str(packed.folder) + "/", "/sets/copy/", recursive=True)
+    cache = ShardCache(tmp_path)
+    one, other = ShardSet.open(URL, cache), ShardSet.open("memory://sets/copy", cache)
+    assert one.fetch(0) == other.fetch(0) != one.fetch(1)
+
+
+@pytest.mark.parametrize("path", ["pipe:cat x.tar", "pipe://cat", "PIPE: rm -rf x"])
+def test_commands_are_refused(path, tmp_path):
+    with pytest.raises(ValueError, match="would run a command, which is refused"):
+        ShardSet.open(path, ShardCache(tmp_path))
+
+
+def test_what_is_remote():
+    assert (
+        is_remote("s3://b/set")
+        and is_remote("https://h/set")
+        and is_remote("hf://datasets/o/n")
+        and is_remote("gs://b")
+    )
+    assert not any(map(is_remote, ["/data/set", "shards/demo", "C:set", "a:b/c"]))
+    with pytest.raises(ValueError, match="expected a folder, or one of http://"):
+        is_remote("ftp://h/set")
+    assert shown("https://user:secret@host/a?token=secret") == "https://host/a"
+    assert join_url("https://h/a/?token=1", "shards", "x.tar") == "https://h/a/shards/x.tar?token=1"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_over_http(packed, tmp_path):
+    pytest.importorskip("aiohttp")
+    handler = functools.partial(_Handler, directory=str(packed.folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        far = ShardSet.open(url, ShardCache(tmp_path / "cache"))
+        plan = make_plan(packed, tmp_path / "lengths", window_shards=2, world_size=1)
+        near = take(Loader(packed, plan, FakeProcessor()), 5)
+        for step, other in zip(near, take(Loader(far, plan, FakeProcessor(), workers=2), 5), strict=True):
+            assert_equal_batches(step[0], other[0])
+        with pytest.raises(ValueError, match="does not exist"):
+            ShardSet.open(f"{url}/none", ShardCache(tmp_path / "cache"))
+        server.shutdown()
+
+
+def test_a_local_copy_and_the_remote_set_share_side_cars(packed, uploaded, tmp_path):
+    copy = ShardSet.open(shutil.copytree(packed.folder, tmp_path / "copy"))
+    far = ShardSet.open(URL, ShardCache(tmp_path / "cache"))
+    assert [shard.sha256 for shard in copy.shards] == [shard.sha256 for shard in far.shards]
