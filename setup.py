@@ -17,7 +17,13 @@ def read_version() -> str:
 
 
 REMOTE = ["fsspec[http,s3,gs]", "huggingface_hub"]  # to train from shards that lie elsewhere
-TEST = ["pytest>=8", "pytest-xdist", "pytest-timeout", "trl>=1.16", "fsspec[http]"]  # trl: losses are compared to its own
+TEST = [
+    "pytest>=8",
+    "pytest-xdist",
+    "pytest-timeout",
+    "trl>=1.16",
+    "fsspec[http]",
+]  # trl: losses are compared to its own
 CHECK = ["ruff", "mypy"]
 
 setup(

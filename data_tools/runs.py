@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.console import Output
-from pivot.config import Config, load_config
+from pivot.config import Config
+from pivot.config_load import load_config
 from pivot.data.lengths import build_lengths
 from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet

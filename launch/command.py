@@ -33,7 +33,7 @@ def main(objective: str, arguments: list[str]) -> int:
         found = f"unknown flag {min(unknown)}" if unknown else "no CONFIG was given"
         print(f"error: {found}\n{USAGE.format(objective=objective)}", file=sys.stderr)
         return USAGE_ERROR
-    from pivot.config import load_config, to_yaml  # here, so that --help needs nothing installed
+    from pivot.config_load import load_config, to_yaml  # here, so that --help needs nothing installed
 
     try:
         config = load_config(words[0], words[1:], objective)

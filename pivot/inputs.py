@@ -13,7 +13,8 @@ import torch
 
 from pivot import distributed
 from pivot.batch import CHOSEN, REJECTED
-from pivot.config import COMPONENTS, Config, TrainSource, read_deepspeed_json, read_train_sources
+from pivot.config import COMPONENTS, Config, TrainSource
+from pivot.config_check import read_deepspeed_json, read_train_sources
 from pivot.data.exclude import read_excluded
 from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.order import build_mixture

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from pivot.checkpoint import published, write_atomically
-from pivot.config import Config, ConfigError, load_config, to_yaml
+from pivot.config import Config, ConfigError
+from pivot.config_load import load_config, to_yaml
 
 # What a resume may change: nothing here decides which numbers a step computes.
 _FREE_ON_RESUME = (
@@ -52,7 +53,7 @@ class RunFolder:
         and something was required, and when a second process is writing there. Nothing is changed in that case.
         """
         config_file = self.path / "config.yaml"
-        inside = [p.name for p in self.path.iterdir() if p.name != "lock"] if self.path.is_dir() else []
+        inside = [p.name for p in self.path.iterdir() if p.name not in ("lock", "cache")] if self.path.is_dir() else []
         if config.checkpoint.resume == "none" and inside:
             raise ConfigError(f"output_dir: {self.path} is not empty and checkpoint.resume is none; choose another")
         if inside and not config_file.is_file():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pivot.config import load_config, to_yaml
+from pivot.config_load import load_config, to_yaml
 from pivot.evaluate import intervals
 from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, Outcomes, SampleAnswer, keep
 from pivot.report.read import Row

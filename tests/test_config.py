@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pivot.config import ConfigError, load_config, read_deepspeed_json, to_yaml
+from pivot.config import ConfigError
+from pivot.config_check import read_deepspeed_json
+from pivot.config_load import load_config, to_yaml
 
 YAML = """
 output_dir: runs/x

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -71,9 +72,11 @@ def build_lengths(
 ) -> int:
     """Write the side-cars that are missing and return how many samples that took; `progress` gets (done, all).
 
-    `workers` processes share the shards; with 0 all is done in this one.
+    `workers` processes share the shards; with 0 all is done in this one. Counts that were uploaded with a remote set
+    are taken from there: to count, every shard must be fetched.
     """
     missing = missing_lengths(shards, processor, cache_dir)
+    missing = missing[_fetch_lengths(shards, processor, cache_dir, missing) :]
     total = sum(shards.shards[i].samples for i in missing)
     done = reported = 0
     with _counting(shards, processor, workers if len(missing) > 1 else 0) as count:
@@ -92,6 +95,20 @@ def build_lengths(
 def missing_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path) -> list[int]:
     """The numbers of the shards whose tokens were not counted yet."""
     return [i for i, shard in enumerate(shards.shards) if not _path(cache_dir, processor, shard).is_file()]
+
+
+def _fetch_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path, numbers: list[int]) -> int:
+    """How many of the shards, from the first on, had their counts beside them; those were written to `cache_dir`."""
+    for done, number in enumerate(numbers):
+        path = _path(cache_dir, processor, shards.shards[number])
+        data = shards.read_beside(number, "lengths", path.parent.name, path.name)
+        if data is None:
+            return done
+        records = np.load(io.BytesIO(data), allow_pickle=False)
+        if records.dtype != LENGTH_RECORD or len(records) != shards.shards[number].samples:
+            return done
+        _write(path, records)
+    return len(numbers)
 
 
 Counter = Callable[[list[int]], Iterator[tuple[int, Iterable[np.ndarray]]]]

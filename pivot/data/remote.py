@@ -30,6 +30,10 @@ CHUNK = 1 << 20
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 
 
+class NotThere(ValueError):
+    """An address that leads nowhere."""
+
+
 def is_remote(path: str) -> bool:
     """Whether `path` is a URL that can be fetched. Raises ValueError for `pipe:` and for unknown protocols."""
     found = _SCHEME.match(path)
@@ -77,6 +81,13 @@ class ShardCache:
     def read(self, url: str) -> bytes:
         """A small file that has no hash: fetched every time."""
         return _try_often(url, lambda: _read(url))
+
+    def read_if_there(self, url: str) -> bytes | None:
+        """The same of a file that need not exist."""
+        try:
+            return _try_often(url, lambda: _read(url))
+        except NotThere:
+            return None
 
     def used_bytes(self) -> int:
         return sum(size for _, size, _ in self._files())
@@ -163,7 +174,7 @@ def _try_often(url: str, fetch: Any) -> Any:
         try:
             return fetch()
         except FileNotFoundError as error:
-            raise ValueError(f"{shown(url)} does not exist; name the folder that python -m data_tools wrote") from error
+            raise NotThere(f"{shown(url)} does not exist; name the folder that python -m data_tools wrote") from error
         except ValueError:
             raise
         except ImportError as error:

@@ -269,6 +269,12 @@ class ShardSet:
         url = join_url(folder, "shards", f"{entry.name}.tar")
         return self._cache.fetch(url, sha256=entry.sha256, num_bytes=entry.bytes)
 
+    def read_beside(self, shard: int, *names: str) -> bytes | None:
+        """A file that was uploaded with a remote set, or None where there is none."""
+        if self._cache is None or not is_remote(self._folders[shard]):
+            return None
+        return self._cache.read_if_there(join_url(self._folders[shard], *names))
+
     def _close_evicted(self) -> None:
         """An open file keeps its place on the disk after the cache removed it."""
         for shard, descriptor in list(self._files.items()):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, LlavaConfig
 
-from pivot.config import Config, load_config
+from pivot.config import Config
+from pivot.config_load import load_config
 from pivot.geometry import read_config
 from pivot.models.build import build_mllm, settle_sources
 from pivot.models.mllm import MLLM

@@ -17,7 +17,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from pivot.checkpoint import write_atomically
-from pivot.config import COMPONENTS, to_yaml
+from pivot.config import COMPONENTS
+from pivot.config_load import to_yaml
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pivot.config import Config, load_config
+from pivot.config import Config
+from pivot.config_load import load_config
 
 Row = dict[str, Any]
 

@@ -13,6 +13,7 @@ import pytest
 
 from pivot.data import remote
 from pivot.data.ahead import FetchAhead
+from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.loader import Loader
 from pivot.data.remote import ShardCache, is_remote, join_url, shown
 from pivot.data.shards import DamagedSample, ShardSet
@@ -222,3 +223,14 @@ def test_a_local_copy_and_the_remote_set_share_side_cars(packed, uploaded, tmp_p
     copy = ShardSet.open(shutil.copytree(packed.folder, tmp_path / "copy"))
     far = ShardSet.open(URL, ShardCache(tmp_path / "cache"))
     assert [shard.sha256 for shard in copy.shards] == [shard.sha256 for shard in far.shards]
+
+
+def test_token_counts_that_were_uploaded_are_not_counted_again(packed, uploaded, tmp_path):
+    build_lengths(packed, FakeProcessor(), tmp_path / "here")
+    uploaded.put(str(tmp_path / "here" / "lengths") + "/", "/sets/tiny/lengths/", recursive=True)
+    far = ShardSet.open(URL, ShardCache(tmp_path / "cache"))
+    assert build_lengths(far, FakeProcessor(), tmp_path / "there") == 0
+    assert not list((tmp_path / "cache").rglob("*.tar")), "training may start with the first window"
+    found = load_lengths(far, FakeProcessor(), tmp_path / "there")
+    assert found.fingerprint == load_lengths(packed, FakeProcessor(), tmp_path / "here").fingerprint
+    assert build_lengths(far, FakeProcessor("e" * 64), tmp_path / "other") == 40  # another tokenizer's are counted

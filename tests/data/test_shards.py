@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import tarfile
 
 import pytest
@@ -63,6 +64,25 @@ def test_shards_open_in_tarfile_and_webdataset_unchanged(packed):
         assert json.loads(found["json"]) == sample
         assert [found[image["member"]] for image in sample["images"]] == files
     assert row == len(packed) - 1
+
+
+def test_shards_open_in_datasets_unchanged(packed, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    # It reads a column as one type: the rows with a picture, which the set holds from 1 to 3 and so on.
+    urls = [str(packed.folder / "shards" / f"{shard.name}.tar") for shard in packed.shards]
+    rows = datasets.load_dataset("webdataset", data_files=urls, split="train", streaming=True).decode(False)
+    for number, row in enumerate(rows):
+        sample, files = packed.read(number)
+        assert row["json"]["id"] == sample["id"] and row["json"]["chosen"] == sample["chosen"]
+        assert [row["png"]["bytes"]] == files or (not files and row.get("png") is None)
+    assert number == len(packed) - 1
+
+
+def test_tar_lists_shards(packed):
+    names = subprocess.run(
+        ["tar", "tf", packed.folder / "shards" / "tiny-000000.tar"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert len(names) == 5 + 4 and names[0].endswith(".json")  # five samples, four of them with a picture
 
 
 def test_no_manifest(folder, tmp_path):

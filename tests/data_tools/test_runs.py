@@ -8,7 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_tools.__main__ import main
-from pivot.config import ConfigError, TrainSource, load_config, read_train_sources
+from pivot.config import ConfigError, TrainSource
+from pivot.config_check import read_train_sources
+from pivot.config_load import load_config
 from pivot.data.exclude import read_excluded
 from pivot.data.loader import Loader
 from pivot.data.shards import ShardSet

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from pivot import logprobs
 from pivot.batch import PackedBatch
-from pivot.config import (
-    REPOSITORY,
-    ComponentOptimConfig,
-    Config,
-    DPOConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    read_deepspeed_json,
-)
+from pivot.config import REPOSITORY, ComponentOptimConfig, Config, DPOConfig, ObjectiveConfig, OptimConfig
+from pivot.config_check import read_deepspeed_json
 from pivot.counts import StepCounts
 from pivot.distributed import World
 from pivot.engine import Engine, build_deepspeed_config, gathered, sharded_loading

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pivot.config import Config, load_config
+from pivot.config import Config
+from pivot.config_load import load_config
 from pivot.train import train
 
 RUN = """

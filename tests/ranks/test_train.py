@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.data.fakes import make_set
 from tests.ranks import run_ranks
 from tests.tiny import tiny_llava

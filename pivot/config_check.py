@@ -1,0 +1,169 @@
+"""What a setting may be: choices, ranges, contradictions between sections, and one owner for every number."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pivot.config import COMPONENTS, REPOSITORY, Config, ConfigError, DPOConfig, TrainSource
+
+_CHOICES = {
+    "model.vision_tower.cls": ("drop", "keep"),
+    "model.projector": ("mlp2x_gelu", "linear"),
+    "data.image.fit": ("squash", "pad", "crop"),
+    "objective.dpo.bco_shift": ("none", "running_mean"),
+    "optim.name": ("adamw", "sgd"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "train.precision": ("auto", "bf16", "fp32"),
+    "checkpoint.resume": ("auto", "required", "none"),
+}
+# key -> (lowest, highest) value, both allowed
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.max_tokens": (2, float("inf")),
+    "data.workers": (0, 256),
+    "data.shard_cache_gb": (0.001, float("inf")),
+    "objective.dpo.beta": (1e-12, float("inf")),
+    "objective.dpo.label_smoothing": (0.0, 0.499999),
+    "optim.warmup_ratio": (0.0, 1.0),
+    "optim.eps": (1e-20, 1.0),
+    "optim.max_grad_norm": (0.0, float("inf")),
+    "train.global_batch_size": (1, float("inf")),
+    "train.max_tokens_per_micro_batch": (2, float("inf")),
+    "train.max_steps": (1, float("inf")),
+    "train.num_epochs": (1e-6, float("inf")),
+    "train.timeout_s": (1.0, float("inf")),
+    "checkpoint.every_steps": (0, float("inf")),
+    "checkpoint.keep": (2, float("inf")),  # with 1, the only one may be the one being written
+    "evaluate.every_steps": (0, float("inf")),
+    "evaluate.num_samples": (1, float("inf")),
+    "evaluate.max_new_tokens": (1, float("inf")),
+    "log.every_steps": (1, float("inf")),
+}
+for _component in COMPONENTS:
+    _RANGES[f"optim.{_component}.lr"] = (0.0, float("inf"))
+    _RANGES[f"optim.{_component}.weight_decay"] = (0.0, float("inf"))
+    _RANGES[f"optim.{_component}.min_lr_ratio"] = (0.0, 1.0)
+
+
+def _lookup(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part) if value is not None else None
+    return value
+
+
+def check_config(config: Config) -> None:
+    for key, choices in _CHOICES.items():
+        value = _lookup(config, key)
+        if value is not None and value not in choices:
+            raise ConfigError(f"{key}: found '{value}', expected one of {', '.join(choices)}")
+    for key, (low, high) in _RANGES.items():
+        value = _lookup(config, key)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{key}: found {value}, expected a value in [{low:g}, {high:g}]")
+    _check_contradictions(config)
+
+
+def read_train_sources(train: Any) -> list[TrainSource]:
+    """`data.train` as a list. Raises ConfigError, naming the entry, when it is none of the forms."""
+    entries = train if isinstance(train, list) else [train]
+    sources = [_read_train_source(entry, f"data.train[{i}]") for i, entry in enumerate(entries)]
+    if not sources:
+        raise ConfigError("data.train: an empty list; expected at least one folder")
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        without = next(source.path for source in sources if source.weight is None)
+        raise ConfigError(
+            f"data.train: {without} has no weight but {weighted[0].path} has; give all of them one, or none"
+        )
+    return sources
+
+
+def _read_train_source(entry: Any, where: str) -> TrainSource:
+    if isinstance(entry, str) and entry:
+        return TrainSource(entry)
+    names = [spec.name for spec in fields(TrainSource)]
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not set(entry) <= set(names):
+        raise ConfigError(f"{where}: found {entry!r}, expected a folder, or a mapping of {', '.join(names)}")
+    amounts = {name: value for name, value in entry.items() if name != "path" and value is not None}
+    if len(amounts) > 1:
+        raise ConfigError(f"{where}: found {' and '.join(amounts)}; expected one of weight, repeat, choose")
+    for name, value in amounts.items():
+        wanted = "a whole number" if name == "choose" else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if name == "choose" else int | float) or value <= 0:
+            raise ConfigError(f"{where}.{name}: found {value!r}, expected {wanted} above 0")
+    return TrainSource(**entry)
+
+
+def _check_contradictions(config: Config) -> None:
+    read_train_sources(config.data.train)
+    if not config.optim.trained():
+        raise ConfigError("optim: every component's lr is null, nothing would train; give at least one a rate")
+    if (config.train.max_steps is None) == (config.train.num_epochs is None):
+        raise ConfigError("train: expected exactly one of max_steps and num_epochs")
+    if config.init_parts is not None:
+        if config.init_from is None:
+            raise ConfigError("init_parts: given without init_from; say which folder the parts come from")
+        for part in config.init_parts:
+            if part not in COMPONENTS:
+                raise ConfigError(f"init_parts: found '{part}', expected some of {', '.join(COMPONENTS)}")
+    taken = () if config.init_from is None else tuple(config.init_parts or COMPONENTS)
+    for component in ("vision_tower", "language_model"):
+        if component not in taken and getattr(config.model, component).path is None:
+            raise ConfigError(f"model.{component}.path: absent; give it, or an init_from folder that holds the part")
+    if config.objective.dpo is not None:
+        _check_loss(config.objective.dpo)
+    read_deepspeed_json(config.deepspeed)
+
+
+def _check_loss(dpo: DPOConfig) -> None:
+    if isinstance(dpo.loss, str):
+        return
+    if not isinstance(dpo.loss, dict) or not dpo.loss:
+        raise ConfigError(f"objective.dpo.loss: found {dpo.loss!r}, expected a name or a mapping name: weight")
+    for name, weight in dpo.loss.items():
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or weight < 0:
+            hint = f"; put a space behind the colon: {name.replace(':', ': ')}" if ":" in str(name) else ""
+            raise ConfigError(f"objective.dpo.loss.{name}: found {weight!r}, expected a weight of 0 or more{hint}")
+
+
+# What the run YAML owns. A DeepSpeed JSON that names one of these would be a second owner of the same number.
+_YAML_OWNS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "train.max_tokens_per_micro_batch",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+}
+
+
+def find_deepspeed_json(path: str) -> Path:
+    """`path` counted from the working directory, else from the repository (so that the default works anywhere)."""
+    for candidate in (Path(path), REPOSITORY / path):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(f"deepspeed: no file {path}; expected a JSON such as ds_configs/zero2.json")
+
+
+def read_deepspeed_json(path: str) -> dict[str, Any]:
+    """The sharding, offload and communication settings; ConfigError when they claim what the run YAML owns."""
+    found = find_deepspeed_json(path)
+    try:
+        settings = json.loads(found.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed: {found} is not valid JSON: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise ConfigError(f"deepspeed: {found}: expected an object with zero_optimization (see ds_configs/)")
+    for key in sorted(settings):
+        if key in _YAML_OWNS:
+            raise ConfigError(f"deepspeed: {found} sets '{key}', which {_YAML_OWNS[key]} owns; remove it there")
+    return settings
