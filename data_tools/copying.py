@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.journal import Journal
+from data_tools.workers import worker_pool
 from data_tools.writer import ShardWriter
 from pivot.data.samples import parse_sample
 from pivot.data.shards import BLOCK, SHARD_NAME, Shard, ShardSet
@@ -94,7 +94,7 @@ def _in_order(tasks: list[Any], workers: int) -> Iterable[tuple[Shard, Counter[s
     if workers <= 1 or len(tasks) <= 1:
         yield from (_write_shard(*task) for task in tasks)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks))) as pool:
+    with worker_pool(min(workers, len(tasks))) as pool:
         yield from pool.map(_write_shard, *zip(*tasks, strict=True))
 
 

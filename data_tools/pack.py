@@ -12,7 +12,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -25,6 +25,7 @@ from data_tools.convert import IMAGE_PLACEHOLDER, Packed, convert
 from data_tools.journal import Journal
 from data_tools.readers import Reader, find_reader
 from data_tools.records import Drop, Record
+from data_tools.workers import worker_pool
 from data_tools.writer import ShardWriter, write_json
 from pivot.data.shards import INDEX_RECORD, SHARD_NAME, Shard, key_hash
 
@@ -155,7 +156,7 @@ def ordered_map(
         return
     items = iter(items)
     waiting: deque[tuple[list[Any], Future]] = deque()
-    with ProcessPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         while True:
             while len(waiting) < 3 * workers and (batch := list(islice(items, chunk))):
                 waiting.append((batch, pool.submit(_map_chunk, function, batch)))

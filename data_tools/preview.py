@@ -127,6 +127,7 @@ def to_html(shards: ShardSet, shown: Sequence[Shown], title: str) -> str:
 def _card(shown: Shown) -> str:
     sample = shown.sample
     pictures = "".join(_picture(shown, number) for number in range(len(shown.images)))
+    many = " many" if len(shown.images) > 1 else ""
     tags = [f"row {shown.row}", str(sample.get("source") or "")]
     tags += [f"answer {sample['answer']}"] if sample.get("answer") else []
     if shown.rejected is None:
@@ -134,8 +135,9 @@ def _card(shown: Shown) -> str:
     else:
         chosen, rejected = difference(shown.chosen, shown.rejected)
         answers = _answer("chosen", "chosen", chosen) + _answer("rejected", "rejected", rejected)
+    kind = "" if pictures else " class=text"
     return (
-        f'<article{"" if pictures else " class=text"}><div class="pictures">{pictures}</div><div class="words">'
+        f'<article{kind}><div class="pictures{many}">{pictures}</div><div class="words">'
         f"<header><code>{escape(str(sample.get('id')))}</code>"
         f"{''.join(f'<span>{escape(tag)}</span>' for tag in tags if tag)}</header>"
         f'<div class="prompt">{_prompt(sample)}</div><div class="answers">{answers}</div></div></article>'
@@ -171,8 +173,8 @@ def _prompt(sample: Sample) -> str:
 
 def _answer(kind: str, label: str, pieces: Sequence[Piece]) -> str:
     text = "".join(f"<mark>{escape(words)}</mark>" if differs else escape(words) for words, differs in pieces)
-    count = len("".join(words for words, _ in pieces).split())
-    return f'<section class="{kind}"><h3>{label}<span>{count} words</span></h3><p>{text}</p></section>'
+    count = count_text(len("".join(words for words, _ in pieces).split()), "word")
+    return f'<section class="{kind}"><h3>{label}<span>{count}</span></h3><p>{text}</p></section>'
 
 
 _PAGE = Template("""<!doctype html>
@@ -192,7 +194,9 @@ article { display: grid; grid-template-columns: 17.5rem minmax(0, 1fr); backgrou
   border: 1px solid var(--line); border-radius: 12px; overflow: hidden; }
 article.text { grid-template-columns: minmax(0, 1fr); } article.text .pictures { display: none; }
 .pictures { padding: 1rem 0 1rem 1rem; display: flex; flex-direction: column; gap: 0.75rem; }
-figure { margin: 0; } img { display: block; width: 100%; height: auto; border-radius: 8px; background: var(--tag); }
+.pictures.many { display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem; align-content: start; }
+figure { margin: 0; min-width: 0; }
+img { display: block; width: 100%; height: auto; border-radius: 8px; background: var(--tag); }
 figcaption { color: var(--soft); font-size: 0.78rem; margin-top: 0.3rem; }
 .words { padding: 1rem 1.25rem 1.25rem; min-width: 0; }
 header { display: flex; flex-wrap: wrap; gap: 0.35rem; align-items: center; font-size: 0.78rem; color: var(--soft); }

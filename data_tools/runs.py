@@ -33,8 +33,8 @@ class RunData:
         return build_plan(self.config, self.shards, self.processor, self.cache_dir, world, **changes)
 
 
-def open_run(config: Path, overrides: list[str], output: Output, workers: int) -> RunData:
-    """Open the data that a run would train on, and count tokens where that was not done yet."""
+def open_run(config: Path, overrides: list[str], output: Output, workers: int, *, count: bool = True) -> RunData:
+    """Open the data that a run would train on, and, with `count`, count tokens where that was not done yet."""
     from pivot.inputs import open_data, settle_cache_dir
     from pivot.models.build import settle_sources
     from pivot.processor import build_processor
@@ -42,7 +42,8 @@ def open_run(config: Path, overrides: list[str], output: Output, workers: int) -
     loaded = load_config(config, overrides)
     processor = build_processor(settle_sources(loaded).model, loaded.data)
     shards, cache_dir = open_data(loaded), settle_cache_dir(loaded, loaded.data.train)
-    line = output.progress("samples")
-    build_lengths(shards, processor, cache_dir, line, workers)
-    line.close()
+    if count:
+        line = output.progress("samples")
+        build_lengths(shards, processor, cache_dir, line, workers)
+        line.close()
     return RunData(loaded, processor, shards, cache_dir)

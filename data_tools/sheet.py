@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.preview import Piece, Shown, difference
-from pivot.data.samples import message_text
+from pivot.data.samples import Sample
 
 CARD_WIDTH, PICTURE, GAP, MARGIN = 1040, 300, 24, 40
 LINES = 9  # of an answer; what is longer ends with an ellipsis
@@ -38,13 +38,19 @@ DARK = Colours("#131416", "#1c1e21", "#2c2f34", "#e8e6e1", "#969ba3", "#5fce96",
 
 
 class Fonts:
-    """Pillow's own font in the sizes that are used, so that the sheet is the same on every machine."""
+    """A font of this machine that knows many scripts, in the sizes that are used; where there is none, Pillow's own."""
 
     def __init__(self) -> None:
-        self.title = ImageFont.load_default(30)
-        self.prompt = ImageFont.load_default(20)
-        self.text = ImageFont.load_default(17)
-        self.small = ImageFont.load_default(14)
+        self.title, self.prompt, self.text, self.small = (_load_font(size) for size in (29, 19, 16, 13))
+
+
+def _load_font(size: int) -> Font:
+    for name in ("NotoSans-Regular.ttf", "DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf"):
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
 
 
 def draw_sheet(shown: Sequence[Shown], title: str, *, columns: int = 2, dark: bool = False) -> Image.Image:
@@ -76,14 +82,21 @@ def _draw_card(shown: Shown, colours: Colours, fonts: Fonts) -> Image.Image:
     bottom = _paste_pictures(canvas, shown, colours)
     left = GAP + (PICTURE + GAP if shown.images else 0)
     pen = _Pen(draw, left, CARD_WIDTH - GAP, GAP)
-    pen.write([(f"{shown.sample.get('id')}   {shown.sample.get('source') or ''}", False)], fonts.small, colours.soft, 1)
+    pen.write(
+        [(_printable(f"{shown.sample.get('id')}   {shown.sample.get('source') or ''}"), False)],
+        fonts.small,
+        colours.soft,
+        1,
+    )
     pen.skip(6)
-    question = message_text([shown.sample["prompt"][-1]]).strip()
-    pen.write([(question, False)], fonts.prompt, colours.ink, PROMPT_LINES)
+    pen.write([(_printable(_question(shown.sample)), False)], fonts.prompt, colours.ink, PROMPT_LINES)
     if shown.rejected is None:
-        _write_answer(pen, "answer", [(shown.chosen, False)], colours.good, colours.good_mark, colours, fonts)
+        _write_answer(
+            pen, "answer", [(_printable(shown.chosen), False)], colours.good, colours.good_mark, colours, fonts
+        )
     else:
-        chosen, rejected = map(_from_difference, difference(shown.chosen, shown.rejected))
+        texts = _printable(shown.chosen), _printable(shown.rejected)
+        chosen, rejected = map(_from_difference, difference(*texts))
         _write_answer(pen, "chosen", chosen, colours.good, colours.good_mark, colours, fonts)
         _write_answer(pen, "rejected", rejected, colours.bad, colours.bad_mark, colours, fonts)
     return canvas.crop((0, 0, CARD_WIDTH, max(bottom, pen.y) + GAP))
@@ -157,7 +170,7 @@ class _Pen:
 def _tokens(pieces: Sequence[Piece]) -> Iterator[Piece]:
     """Words, blanks and line breaks; what no line could hold is cut."""
     for text, differs in pieces:
-        for number, line in enumerate(_printable(text).split("\n")):
+        for number, line in enumerate(text.split("\n")):
             if number:
                 yield "\n", False
             for place, word in enumerate(line.split(" ")):
@@ -175,7 +188,16 @@ def _from_difference(pieces: Sequence[Piece]) -> Sequence[Piece]:
     return pieces
 
 
+def _question(sample: Sample) -> str:
+    """The last message of the prompt, with a number where an image is shown; for one image without it."""
+    content = sample["prompt"][-1]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    several = len(sample["images"]) > 1
+    marks = (f"[{part['image']}] " if part["type"] == "image" and several else part.get("text", "") for part in parts)
+    return "".join(marks)
+
+
 def _printable(text: str) -> str:
-    """What Pillow's font can draw, on fewer lines: it knows little besides Latin."""
-    text = re.sub(r"\s*\n\s*", "\n", text.translate(_PLAIN).strip("\n"))
+    """What can be drawn, on fewer lines: a fallback font knows little besides Latin."""
+    text = re.sub(r"\s*\n\s*", "\n", text.translate(_PLAIN).strip())
     return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)

@@ -16,7 +16,10 @@ from pivot.data.shards import ShardSet
 
 
 def choose_eval(shards: ShardSet, share: float, seed: int) -> np.ndarray:
-    """bool[rows]: True for evaluation. At most `share` of the rows; raises ValueError when no group fits that."""
+    """bool[rows]: True for evaluation. At most `share` of the rows, but at least the smallest group of them.
+
+    Raises ValueError when nothing would be left for training.
+    """
     if not 0 < share < 1:
         raise ValueError(f"--eval {share}: expected a share between 0 and 1")
     groups, names = group_rows(shards.read_text(row) for row in range(len(shards)))
@@ -28,10 +31,9 @@ def choose_eval(shards: ShardSet, share: float, seed: int) -> np.ndarray:
             chosen[group] = True
             room -= int(sizes[group])
     if not chosen.any():
-        raise ValueError(
-            f"--eval {share}: {share:.1%} of {len(shards)} samples is less than the smallest group that shares an "
-            f"image ({sizes.min()}); take a larger share"
-        )
+        chosen[min(range(len(names)), key=lambda group: (sizes[group], keys[group]))] = True
+    if chosen.all():
+        raise ValueError(f"all {len(shards)} samples hang together by their images, so none can be set apart")
     return chosen[groups]
 
 

@@ -103,7 +103,9 @@ def open_data(config: Config) -> ShardSet:
     paths = [source.path for source in read_train_sources(config.data.train)]
     folder = config.data.shard_cache or settle_cache_dir(config, config.data.train) / "fetched"
     cache = ShardCache(folder, int(config.data.shard_cache_gb * 1e9)) if any(map(is_remote, paths)) else None
-    return ShardSet.join([ShardSet.open(path, cache) for path in paths])
+    shards = ShardSet.join([ShardSet.open(path, cache) for path in paths])
+    shards.check_cache()
+    return shards
 
 
 def settle_cache_dir(config: Config, data: Any) -> Path:

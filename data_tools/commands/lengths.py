@@ -31,19 +31,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, output: Output) -> int:
     if options.config is not None:
         overrides = [*([str(options.folder)] if options.folder else []), *options.overrides]
-        data = open_run(options.config, overrides, output, options.workers)
+        data = open_run(options.config, overrides, output, options.workers, count=False)
         shards, processor, cache_dir = data.shards, data.processor, data.cache_dir
     else:
         shards, processor, cache_dir = _open(options)
-        missing = missing_lengths(shards, processor, cache_dir)
-        if options.dry_run:
-            count = sum(shards.shards[i].samples for i in missing)
-            output.say(f"would count the tokens of {count} samples in {len(missing)} shards, into {cache_dir}/lengths")
-            output.result({"missing": count})
-            return 0
-        line = output.progress("samples")
-        build_lengths(shards, processor, cache_dir, line, options.workers)
-        line.close()
+    missing = missing_lengths(shards, processor, cache_dir)
+    if options.dry_run:
+        count = sum(shards.shards[i].samples for i in missing)
+        output.say(f"would count the tokens of {count} samples in {len(missing)} shards, into {cache_dir}/lengths")
+        output.result({"missing": count})
+        return 0
+    line = output.progress("samples")
+    build_lengths(shards, processor, cache_dir, line, options.workers)
+    line.close()
     lengths = load_lengths(shards, processor, cache_dir)
     facts = summarise(lengths, tuple(options.limit or LIMITS))
     facts |= {"samples": len(lengths), "tokens_per_image": processor.geometry.num_tokens, "cache_dir": str(cache_dir)}

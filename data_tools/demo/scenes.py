@@ -38,8 +38,9 @@ COLOURS = {
     "white": (246, 246, 246),
     "black": (22, 22, 22),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.56, "large": 0.84}  # width as a share of the cell
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+NUM_SHAPES = {"positions": 5, "rich": 6}  # the first so many
+SIZES = {"small": 0.64, "large": 0.88}  # width as a share of the cell
 TEXTURES = ("plain", "striped", "dotted", "checked")
 DIGITS = tuple("123456789")
 NUM_OBJECTS = (3, 6)  # fewest and most in a scene
@@ -93,7 +94,7 @@ def _sample_object(random: Random, preset: str, cell: int) -> Object:
         row=cell // GRID,
         column=cell % GRID,
         colour=random.choice(tuple(COLOURS)),
-        shape=random.choice(SHAPES),
+        shape=random.choice(SHAPES[: NUM_SHAPES[preset]]),
         size=random.choice(tuple(SIZES)),
     )
     if preset == "positions":

@@ -15,12 +15,20 @@ from typing import Any
 
 from data_tools.records import Drop, Record, as_images
 
+MAX_META_BYTES = 10_000_000  # of a file by another name: one that large is a list of rows
 _FIELDS = ("question", "chosen", "rejected")
 
 
 def matches(path: Path) -> bool:
     meta = _meta_path(path)
-    return meta.name == "meta.json" and meta.is_file()
+    if meta.name == "meta.json":
+        return meta.is_file()
+    if not meta.is_file() or meta.suffix != ".json" or meta.stat().st_size > MAX_META_BYTES:
+        return False
+    try:
+        return bool(_read_meta(meta))
+    except (ValueError, AttributeError):
+        return False
 
 
 def read(path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]:
@@ -44,7 +52,7 @@ def _read_meta(meta: Path) -> dict[str, dict[str, Any]]:
         sets = json.loads(meta.read_bytes())
     except ValueError as error:
         raise ValueError(f"{meta} is not JSON ({error})") from error
-    for name, entry in sets.items() if isinstance(sets, dict) else [("", None)]:
+    for name, entry in sets.items() if isinstance(sets, dict) and sets else [("", None)]:
         if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
             raise ValueError(f"{meta}: entry {name!r} has no annotation file; expected {{NAME: {{root, annotation}}}}")
     return sets

@@ -58,15 +58,20 @@ class FetchAhead:
             return None if self._stopped else self._step
 
     def upcoming(self, step: int) -> list[int]:
-        """The next shards that are read from `step` on, at most max_shards, the first needed first."""
+        """The next shards that are read from `step` on, the first needed first: at most max_shards, and what fits."""
         found: dict[int, None] = {}
+        room = self._shards.cache_bytes
         last = step + 2 * self._steps_per_window()
         while step < last and (self._plan.num_steps is None or step < self._plan.num_steps):
             numbers = np.searchsorted(self._shards.first_rows, self._plan.step_ids(step), side="right") - 1
             for number in numbers.tolist():
-                if len(found) == self._max_shards and number not in found:
+                if number in found:
+                    continue
+                size = self._shards.shards[number].bytes
+                if len(found) == self._max_shards or (room is not None and size > room):
                     return list(found)
                 found[number] = None
+                room = None if room is None else room - size
             step += 1
         return list(found)
 

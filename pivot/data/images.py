@@ -7,6 +7,7 @@ third of the time.
 from __future__ import annotations
 
 import io
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,7 +83,11 @@ def fit_square(rgb: np.ndarray, size: int, fit: str, mean: tuple[float, float, f
 
 def _open(data: bytes) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we say it ourselves
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the image has more than {MAX_PIXELS} pixels ({error})") from error
     except Exception as error:
         raise ImageError(f"not a JPEG, PNG or WebP image ({type(error).__name__})") from error
     width, height = image.size

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pivot.data.remote import ShardCache, is_remote, join_url
+from pivot.data.remote import WINDOW_SHARDS, ShardCache, is_remote, join_url
 from pivot.data.samples import KEY_PATTERN, Sample, parse_sample
 
 MANIFEST_VERSION = 1
@@ -180,6 +180,21 @@ class ShardSet:
     def is_remote(self) -> bool:
         """Whether any part is fetched while it is read."""
         return any(is_remote(part.folder) for part in self.parts)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The cap of what is kept of remote parts."""
+        return None if self._cache is None else self._cache.max_bytes
+
+    def check_cache(self) -> None:
+        """Raise ValueError unless two windows of every remote part fit under the cap: one read, one fetched ahead."""
+        remote = [part for part in self.parts if is_remote(part.folder)]
+        needed = sum(sum(sorted(shard.bytes for shard in part.shards)[-2 * WINDOW_SHARDS :]) for part in remote)
+        if self._cache is not None and needed > self._cache.max_bytes:
+            raise ValueError(
+                f"data.shard_cache_gb: {self._cache.max_bytes / 1e9:g} GB, but two windows of {WINDOW_SHARDS} shards "
+                f"need {needed / 1e9:.3g}; raise it, or reshard the set into smaller shards"
+            )
 
     def __len__(self) -> int:
         return len(self.index)

@@ -234,3 +234,24 @@ def test_token_counts_that_were_uploaded_are_not_counted_again(packed, uploaded,
     found = load_lengths(far, FakeProcessor(), tmp_path / "there")
     assert found.fingerprint == load_lengths(packed, FakeProcessor(), tmp_path / "here").fingerprint
     assert build_lengths(far, FakeProcessor("e" * 64), tmp_path / "other") == 40  # another tokenizer's are counted
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_disk_use_stays_under_the_cap_while_training(packed, uploaded, tmp_path, workers):
+    """Ten shards in windows of two, room for five: an epoch reads them all and never holds more."""
+    size = max(shard.bytes for shard in packed.shards)
+    cache = ShardCache(tmp_path / "cache", max_bytes=5 * size)
+    far = ShardSet.open(URL, cache)
+    plan = make_plan(packed, tmp_path / "lengths", window_shards=2, world_size=1, global_batch_size=4)
+    seen, near = [], take(Loader(packed, plan, FakeProcessor()), 10)
+    for step, (_, micro_batches) in zip(near, Loader(far, plan, FakeProcessor(), workers=workers), strict=False):
+        for left, right in zip(step, micro_batches, strict=True):
+            assert_equal_batches(left, right)
+        seen.append(cache.used_bytes())
+    assert len(seen) == 10 and 0 < max(seen) <= cache.max_bytes
+
+
+def test_a_cap_below_two_windows_is_refused(uploaded, tmp_path):
+    with pytest.raises(ValueError, match="data.shard_cache_gb: 1e-05 GB, but two windows of 8 shards need"):
+        ShardSet.open(URL, ShardCache(tmp_path, max_bytes=10_000)).check_cache()
+    ShardSet.open(URL, ShardCache(tmp_path)).check_cache()

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -178,19 +177,25 @@ def test_a_second_pack_while_the_first_runs(source, tmp_path):
 @pytest.mark.slow
 def test_kill_and_go_on(source, tmp_path):
     """kill -9 in the middle, with workers; a second run ends as an unbroken one."""
-    rows, images = make_rows(4000)
+    rows, images = make_rows(1500)
     images = dict.fromkeys(images, image_bytes(3))
     source = write_rows(tmp_path / "many", rows, images)
-    command = [sys.executable, "-m", "data_tools", "pack", str(source), "--samples-per-shard", "100", "--workers", "2"]
-    run = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], cwd=ROOT, start_new_session=True)
+    command = [sys.executable, "-m", "data_tools", "pack", str(source), "--samples-per-shard", "50", "--workers", "2"]
+    run = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], cwd=ROOT)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "cut" / "shards").glob("*.tar"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGKILL)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) == 2
+    run.kill()
     run.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(Path(f"/proc/{child}").exists() for child in children), "workers outlive their parent"
     assert not (tmp_path / "cut" / "manifest.json").exists()
     subprocess.run([*command, "--out", str(tmp_path / "cut"), "-q"], cwd=ROOT, check=True)
-    pack(PackOptions(source=source, out=tmp_path / "whole", samples_per_shard=100))
+    pack(PackOptions(source=source, out=tmp_path / "whole", samples_per_shard=50))
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

@@ -80,11 +80,15 @@ def test_a_sample_with_two_images_ties_their_groups(tmp_path):
         assert not images_of(tmp_path / f"{seed}" / "train") & images_of(tmp_path / f"{seed}" / "eval")
 
 
-def test_split_refuses_a_share_that_holds_no_group(tmp_path, capsys):
+def test_split_sets_apart_at_least_one_group(tmp_path, capsys):
     shards = make_set(tmp_path, count=5)
-    assert main(["split", str(shards.folder), "--eval", "0.01", "--out", str(tmp_path / "s")]) == 2
-    assert "take a larger share" in capsys.readouterr().err
-    assert not (tmp_path / "s").exists()
+    assert run(capsys, "split", shards.folder, "--eval", "0.01", "--out", tmp_path / "s")["eval"] == 1
+    rows = [{"prompt": f"{i}?", "chosen": "A", "rejected": "B", "image": "a.png"} for i in range(3)]
+    pack(PackOptions(source=write_rows(tmp_path / "in", rows, {"a.png": image_bytes(1)}), out=tmp_path / "one"))
+    assert main(["split", str(tmp_path / "one"), "--out", str(tmp_path / "t")]) == 2
+    assert "all 3 samples hang together" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+    assert main(["split", str(tmp_path / "one"), "--eval", "1.5", "--out", str(tmp_path / "t")]) == 2
 
 
 def test_reshard_keeps_bytes_and_joins_sets(packed, tmp_path, capsys):

@@ -42,6 +42,11 @@ def test_mmpr_takes_the_folder_or_its_meta(mmpr_folder):
     assert list(mmpr.read(mmpr_folder, [])) == list(mmpr.read(mmpr_folder / "meta.json", []))
 
 
+def test_mmpr_by_another_name(mmpr_folder):
+    (mmpr_folder / "meta.json").rename(mmpr_folder / "meta_small.json")
+    assert find_reader(mmpr_folder / "meta_small.json", "auto")[0] == "mmpr"
+
+
 def test_mmpr_without_its_annotation_names_it(mmpr_folder):
     (mmpr_folder / "annotations" / "two.jsonl").unlink()
     with pytest.raises(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from pivot.config import Config
@@ -60,10 +61,15 @@ def cut(folder: Path, source: str, target: str, keep: tuple[str, ...]) -> None:
 
 def refusals(folder: Path) -> None:
     """What must stop a run before it trains; the messages go to files."""
-    train(config_of(folder, "first", **{"train.max_steps": "1"}))
+    train(config_of(folder, "first", **{"train.max_steps": "1", "log.tensorboard": "true"}))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        spoil_reference(folder)
+    dist.barrier()
     attempts = {
         "other rate": {"name": "first", "train.max_steps": "1", "optim.projector.lr": "2e-3"},
         "nothing to resume": {"name": "fresh", "checkpoint.resume": "required"},
+        "spoilt reference": {"name": "spoilt", "data.cache_dir": f"{folder}/spoilt-cache"},
         "no such reference": {"name": "also-fresh", "objective.dpo.reference": f"{folder}/nowhere"},
     }
     for case, changes in attempts.items():
@@ -74,6 +80,15 @@ def refusals(folder: Path) -> None:
         except (ValueError, RuntimeError) as error:
             message = str(error)
         (folder / f"{case}-{dist.get_rank()}.txt").write_text(message)
+
+
+def spoil_reference(folder: Path) -> None:
+    """A cache whose chosen log-probs are off by a thousandth of a nat, as another template or kernel would leave it."""
+    shutil.copytree(folder / "cache", folder / "spoilt-cache")
+    for file in (folder / "spoilt-cache" / "ref").rglob("*.npy"):
+        records = np.load(file)
+        records["chosen_logp"] += 2e-3
+        np.save(file, records)
 
 
 def everything(folder: Path) -> None:

@@ -95,6 +95,20 @@ def test_other_settings_are_refused_by_name(runs: Path) -> None:
         assert "optim.projector.lr was 0.001, is 0.002" in message
 
 
+def test_a_reference_that_is_not_the_start_is_refused(runs: Path) -> None:
+    """beta * 2e-3 nat is twice the tolerance; nothing was updated, so no checkpoint and no step in the log."""
+    for rank in (0, 1):
+        message = (runs / f"spoilt reference-{rank}.txt").read_text()
+        assert "start-up self-check: the reward margin of a pair is 0.0002" in message
+    assert not list((runs / "spoilt" / "checkpoints").glob("step-*"))
+    assert not steps(runs, "spoilt")
+
+
+def test_tensorboard_is_written_when_asked_for(runs: Path) -> None:
+    assert list((runs / "first" / "tensorboard").glob("events.out.*"))
+    assert not (runs / "unbroken" / "tensorboard").exists()
+
+
 def test_a_missing_checkpoint_is_refused(runs: Path) -> None:
     assert "holds no checkpoint to go on from" in (runs / "nothing to resume-0.txt").read_text()
     assert not (runs / "fresh").exists()
