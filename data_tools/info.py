@@ -50,6 +50,7 @@ def describe(folder: Path, top: int = 3) -> dict[str, Any]:
 def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
     """field -> text, for people."""
     low, high = facts["samples_per_shard"]
+    each = f"{low:,} samples" if low == high else f"{low:,} to {high:,} samples"
     drops = ", ".join(f"{reason}: {count:,}" for reason, count in facts["drops"].items())
     words = {
         "name": facts["name"],
@@ -57,7 +58,7 @@ def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
         "samples": f"{facts['samples']:,}",
         "images": f"{facts['images']:,} ({facts['without_image']:,} samples without, "
         f"{facts['several_images']:,} with several)",
-        "size": f"{bytes_text(facts['bytes'])} in {count_text(facts['shards'], 'shard')} of {low:,} to {high:,}",
+        "size": f"{bytes_text(facts['bytes'])} in {count_text(facts['shards'], 'shard')} of {each}",
         "fingerprint": facts["fingerprint"],
         "sources": "\n".join(
             f"{name}: {source['samples']:,} samples, repeat_time {source['repeat_time']:g}"

@@ -107,14 +107,23 @@ def _paste_pictures(canvas: Image.Image, shown: Shown, colours: Colours) -> int:
     y = GAP
     side = PICTURE if len(shown.images) == 1 else PICTURE // 2 - 4
     for number, image in enumerate(shown.images[:4]):
-        small = image.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        small = _fit(image, side)
         if len(shown.images) == 1:
             canvas.paste(small, (GAP, y))
             return y + small.height
         canvas.paste(small, (GAP + (number % 2) * (side + 8), y + (number // 2) * (side + 8)))
     rows = -(-min(len(shown.images), 4) // 2)
     return y + rows * (side + 8) if shown.images else 0
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """Not larger than the side; a small one enlarged by a whole number, so that its pixels stay what they are."""
+    times = side // max(image.size)
+    if times > 1:
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
 
 
 def _write_answer(

@@ -64,7 +64,13 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))
     with distributed.shared_failure("counting tokens"):
         if world.is_main:
-            build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"))
+            build_lengths(
+                shards,
+                processor,
+                cache_dir,
+                lambda done, of: say(f"counting tokens: {done} of {of}"),
+                config.data.workers,
+            )
     plan = build_plan(config, shards, processor, cache_dir, world)
     distributed.require_equal("the data plan", plan.fingerprint)
     steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
