@@ -199,13 +199,14 @@ def write_large_set(folder: Path, num_samples: int) -> None:
 
 
 def open_large_set(folder: Path) -> dict[str, float]:
-    """Seconds to open, gigabytes that it took, and seconds until a first batch of 256 is there."""
+    """Seconds to open (of the clock, and of the processors: other jobs slow the first), gigabytes that it took, and
+    seconds until a first batch of 256 is there."""
     from data_tools.letters import LetterProcessor, letter_lengths
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     shards = ShardSet.open(folder / "set")
-    opened = time.perf_counter() - start
+    opened, worked = time.perf_counter() - start, time.process_time() - worked
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
     plan = Plan(
         fingerprint=shards.fingerprint,
@@ -221,7 +222,7 @@ def open_large_set(folder: Path) -> dict[str, float]:
     for _, micro_batches in Loader(shards, plan, LetterProcessor()):  # type: ignore[arg-type]
         next(iter(micro_batches))
         break
-    return {"open_s": opened, "open_gb": memory, "first_batch_s": time.perf_counter() - start}
+    return {"open_s": opened, "open_cpu_s": worked, "open_gb": memory, "first_batch_s": time.perf_counter() - start}
 
 
 def measure_large_set(num_samples: int) -> dict[str, float]:
@@ -246,7 +247,7 @@ def main() -> int:
         found = compare_samples(Path(folder))
     ten, one = measure_large_set(10_000_000), measure_large_set(1_000_000)
     found |= {"index_10m_s": ten["open_s"], "index_10m_gb": ten["open_gb"], "first_batch_1m_s": one["first_batch_s"]}
-    found |= {"first_batch_10m_s": ten["first_batch_s"]}
+    found |= {"first_batch_10m_s": ten["first_batch_s"], "index_10m_cpu_s": ten["open_cpu_s"]}
     missed = [name for name, (bar, way) in BARS.items() if (found[name] < bar) == (way == "at least")]
     if options.json:
         print(json.dumps(found | {"missed": missed}))

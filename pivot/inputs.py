@@ -153,12 +153,13 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
     stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
     geometry = inputs.processor.geometry
+    train = ", ".join(source.path for source in read_train_sources(config.data.train))
     held_out = "none (data.eval is absent)"
     if inputs.held_out is not None:
         held_out = f"{config.data.eval}: {inputs.held_out.num_pairs} samples, {len(inputs.held_out.questions)} answers"
     return "\n".join(
         [
-            f"data       {config.data.train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
+            f"data       {train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
             f"held out   {held_out}",
             f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each",
             f"steps      {inputs.total_steps} of {config.train.global_batch_size} pairs "
