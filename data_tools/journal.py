@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from data_tools.writer import write_json
 from pivot.data.shards import MANIFEST_VERSION, Shard, set_fingerprint
+from pivot.files import write_json
 
 
 class Journal:

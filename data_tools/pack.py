@@ -26,8 +26,9 @@ from data_tools.journal import Journal
 from data_tools.readers import Reader, find_reader
 from data_tools.records import Drop, Record
 from data_tools.workers import worker_pool
-from data_tools.writer import ShardWriter, write_json
+from data_tools.writer import ShardWriter
 from pivot.data.shards import INDEX_RECORD, SHARD_NAME, Shard, key_hash
+from pivot.files import write_json
 
 TOOL_VERSION = 2  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
 CHUNK = 16  # records per message to a worker

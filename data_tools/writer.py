@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import tarfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import webdataset
@@ -17,6 +16,7 @@ import webdataset
 from data_tools.convert import Packed
 from pivot.data.samples import message_text
 from pivot.data.shards import INDEX_RECORD, Shard, key_hash
+from pivot.files import sync_folder, write_atomically
 
 U16, U32 = 2**16 - 1, 2**32 - 1
 
@@ -77,29 +77,6 @@ class ShardWriter:
         write_atomically(self._idx_path, index)
         sync_folder(self._tar_path.parent)
         return Shard(self.name, len(self._records), size, sha256, hashlib.sha256(index).hexdigest())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is there whole, or not at all."""
-    with _part(path).open("wb") as file:
-        file.write(data)
-        file.flush()
-        _fsync(file)
-    _part(path).replace(path)
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fsync(file: IO[bytes]) -> None:

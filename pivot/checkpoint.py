@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from pivot import distributed
 from pivot.distributed import World
+from pivot.files import sync_folder, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -140,30 +141,12 @@ def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_folder(partial)
+    sync_folder(partial)
     if final.exists():  # the same step saved again after a resume
         shutil.rmtree(final)
     os.replace(partial, final)
     write_atomically(final.parent / "latest", final.name + "\n")
-    _sync_folder(final.parent)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old content or the new one, also after a power cut."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(final.parent)
 
 
 def _prune(checkpoints: Path, keep: int) -> None:

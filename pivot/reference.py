@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pivot.data.loader import Loader
 from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet
 from pivot.distributed import World
+from pivot.files import write_array
 
 LOGPROB_VERSION = 1  # raise it whenever the same weights and tokens would give other log-probs
 
@@ -130,7 +130,7 @@ class ReferenceCache:
             first = int(self._shards.first_rows[number])
             span = slice(first, first + self._shards.shards[number].samples)
             if not np.isnan(self._records["chosen_logp"][span][kept[span]]).any():
-                _write(self._path(number), self._records[span])
+                write_array(self._path(number), self._records[span])
 
     def _write_unfinished(self, plan: Plan) -> None:
         for number, shard in enumerate(self._shards.shards):
@@ -138,14 +138,4 @@ class ReferenceCache:
             span = slice(first, first + shard.samples)
             empty = np.isnan(self._records["chosen_logp"][span])
             if not empty.all() and empty[plan.kept[span]].any():
-                _write(self._path(number), self._records[span])
-
-
-def _write(path: Path, records: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, records, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+                write_array(self._path(number), self._records[span])

@@ -13,9 +13,10 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from pivot.checkpoint import published, write_atomically
+from pivot.checkpoint import published
 from pivot.config import Config, ConfigError
 from pivot.config_load import load_config, to_yaml
+from pivot.files import write_atomically
 
 # What a resume may change: nothing here decides which numbers a step computes.
 _FREE_ON_RESUME = (

@@ -12,21 +12,22 @@ from data_tools.demo.scenes import PRESETS
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--num-train", type=int, default=10_000, help="training scenes (%(default)s)")
-    command.add_argument("--num-preference", type=int, help="of them, the first with preference pairs (a quarter)")
+    command.add_argument(
+        "--num-preference", type=int, default=1500, help="the first so many of them get preference pairs (%(default)s)"
+    )
     command.add_argument("--num-eval", type=int, default=400, help="held-out scenes, four questions each (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help="rich: overlaps, textures, digits")
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
-    if min(options.num_train, options.num_eval) < 1:
-        raise ValueError("--num-train and --num-eval: expected at least one scene each")
-    num_preference = options.num_preference or max(1, options.num_train // 4)
+    if min(options.num_train, options.num_eval, options.num_preference) < 1:
+        raise ValueError("--num-train, --num-eval and --num-preference: expected at least one scene each")
     wanted = DemoOptions(
         out=options.out,
         num_train=options.num_train,
         num_eval=options.num_eval,
-        num_preference=min(num_preference, options.num_train),
+        num_preference=min(options.num_preference, options.num_train),
         seed=options.seed,
         preset=options.preset,
         workers=options.workers,

@@ -177,6 +177,6 @@ ASKERS: dict[str, Callable[[Scene, Random], Question | None]] = {
 }
 # A kind that stands here twice is asked twice as often.
 SLOTS: dict[str, tuple[str, ...]] = {
-    "positions": ("colour", "colour", "shape", "shape", "position", "existence", "count"),
+    "positions": ("colour", "colour", "shape", "shape", "existence", "count"),
     "rich": tuple(ASKERS),
 }

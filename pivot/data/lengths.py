@@ -20,6 +20,7 @@ import numpy as np
 from pivot.batch import CHOSEN, REJECTED
 from pivot.data.samples import ROLES_OF_KIND, completions_of
 from pivot.data.shards import Shard, ShardSet
+from pivot.files import write_array
 
 if TYPE_CHECKING:
     from pivot.processor import Processor
@@ -88,7 +89,7 @@ def build_lengths(
                 if progress is not None and (done - reported >= BLOCK_ROWS or done == total):
                     reported = done
                     progress(done, total)
-            _write(_path(cache_dir, processor, shards.shards[i]), np.concatenate(parts))
+            write_array(_path(cache_dir, processor, shards.shards[i]), np.concatenate(parts))
     return total
 
 
@@ -107,7 +108,7 @@ def _fetch_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path
         records = np.load(io.BytesIO(data), allow_pickle=False)
         if records.dtype != LENGTH_RECORD or len(records) != shards.shards[number].samples:
             return done
-        _write(path, records)
+        write_array(path, records)
     return len(numbers)
 
 
@@ -174,13 +175,3 @@ def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int,
 def _path(cache_dir: str | Path, processor: Processor, shard: Shard) -> Path:
     # The shard's own hash in the name: two sets with equal names may share a cache_dir.
     return Path(cache_dir) / "lengths" / processor.fingerprint[:16] / f"{shard.name}.{shard.sha256[:16]}.npy"
-
-
-def _write(path: Path, records: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, records, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -16,13 +16,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from pivot.checkpoint import write_atomically
 from pivot.config import COMPONENTS
 from pivot.config_load import to_yaml
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval
 from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, compare, read_outcomes
+from pivot.files import write_atomically
 from pivot.report.charts import Chart, Series, format_number, interval_bar
 from pivot.report.read import Row, Run, find_previous, read_run
 

@@ -113,7 +113,7 @@ def test_the_processor_reads_the_architecture(world):
 def test_the_command(tmp_path, capsys):
     arguments = ["demo", "--out", str(tmp_path), "--num-train", "2", "--num-eval", "1", "--seed", "1", "--workers", "1"]
     assert main([*arguments, "--preset", "rich"]) == 0
-    assert "2 captions, 8 questions, 4 preference, 4 eval" in capsys.readouterr().out
+    assert "2 captions, 8 questions, 8 preference, 4 eval" in capsys.readouterr().out
     assert main([*arguments, "--preset", "positions"]) == 2
     assert "other options" in capsys.readouterr().err
     assert main(["demo", "--out", str(tmp_path / "none"), "--num-train", "0"]) == 2
