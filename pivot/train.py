@@ -411,6 +411,7 @@ class Trainer:
         """The page for people. What it cannot show must not take a finished run down."""
         if not self.world.is_main:
             return
+        self.folder.set_status(DONE, step=self.step)  # the page shows it
         try:
             self.say(f"report     {write_report(self.folder.path)}")
         except Exception as error:

@@ -134,6 +134,7 @@ def test_one_step_without_a_launcher(folder: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert json.loads((folder / "whole" / "status").read_text()) == {"status": "done", "step": 1}
     assert (folder / "whole" / "export" / "model.safetensors").is_file()
+    assert ">running<" not in (folder / "whole" / "report.html").read_text()
     again = subprocess.run(script, capture_output=True, text=True, cwd=folder)
     assert again.returncode == 0 and "this run is finished: 1 steps done" in again.stdout
     other = subprocess.run([*script, "optim.projector.lr=2e-3"], capture_output=True, text=True, cwd=folder)
