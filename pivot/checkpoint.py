@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from pivot import distributed
 from pivot.distributed import World
-from pivot.files import sync_folder, write_atomically
+from pivot.files import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -141,12 +141,10 @@ def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
-    sync_folder(partial)
     if final.exists():  # the same step saved again after a resume
         shutil.rmtree(final)
     os.replace(partial, final)
     write_atomically(final.parent / "latest", final.name + "\n")
-    sync_folder(final.parent)
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
