@@ -21,9 +21,10 @@ TEST = [
     "pytest>=8",
     "pytest-xdist",
     "pytest-timeout",
-    "trl>=1.16",
+    "trl>=1.16",  # losses are compared to its own
+    "datasets",  # opens every shard that is packed
     "fsspec[http]",
-]  # trl: losses are compared to its own
+]
 CHECK = ["ruff", "mypy"]
 
 setup(

@@ -36,12 +36,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data_tools.pack import PackOptions, pack
-from data_tools.writer import write_json
 from pivot.data.images import load_image
 from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.loader import Loader, MicroBatches
 from pivot.data.plan import Plan
 from pivot.data.shards import INDEX_RECORD, MANIFEST_VERSION, Shard, ShardSet, set_fingerprint
+from pivot.files import write_json
 from pivot.geometry import EncoderFacts
 from pivot.processor import Processor
 

@@ -3,6 +3,13 @@
 Exit code 0: done; 1: the data is not good enough (too many rows dropped, damage found, twins that differ); 2: the
 command or its input is wrong; 3: the machine failed (disk full, file unreadable), run the same command again: it
 resumes; 130: interrupted.
+
+From a downloaded set to a run (docs/data_tutorial.md says more):
+
+    python -m data_tools pack SRC --show-mapping             three rows as they are understood
+    python -m data_tools pack SRC --out SET                  a folder of shards; SET is what the others read
+    python -m data_tools preview SET --out preview.html      look at it
+    python -m data_tools split SET --eval 0.02 --out OUT     OUT/train for data.train, OUT/eval for data.eval
 """
 
 from __future__ import annotations

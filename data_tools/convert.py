@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from data_tools.records import Drop, ImageBytes, Record
 from pivot.data.images import ImageError, decode_rgb, image_extension
-from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample
+from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample, sample_shape
 
 IMAGE_PLACEHOLDER = "<image>"
 MAX_IMAGE_BYTES = 100_000_000  # of one file; read whole into memory
+JPEG_QUALITY = 92  # of images that are made smaller
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
@@ -33,17 +39,24 @@ class Packed:
     def num_bytes(self) -> int:
         return sum(len(data) for _, data in self.members)
 
+    @cached_property
+    def shape(self) -> str:
+        return sample_shape((extension for extension, _ in self.members), self.sample)
+
 
 class Rejected(Exception):
     """Ends the conversion of a record with the reason for dropping it."""
 
 
-def convert(record: Record, trusted: Sequence[Path]) -> Packed | Drop:
-    """The sample that `record` becomes. Images are read only from below `trusted` (resolved folders)."""
+def convert(record: Record, trusted: Sequence[Path], max_side: int | None = None) -> Packed | Drop:
+    """The sample that `record` becomes. Images are read only from below `trusted` (resolved folders).
+
+    Their bytes are kept, but for images with a side above `max_side`, which are made smaller.
+    """
     try:
         _check_texts(record)
         files = [_read_image(image, record.folders, trusted) for image in record.images]
-        return _pack(record, files)
+        return _pack(record, files, max_side)
     except Rejected as rejected:
         reason, detail = rejected.args
         return Drop(reason, record.id, detail)
@@ -132,15 +145,30 @@ def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> P
     raise Rejected("missing image", f"{path} is not in {', '.join(folders)}")
 
 
-def _pack(record: Record, files: list[bytes]) -> Packed:
+def shrink(rgb: np.ndarray, max_side: int) -> tuple[bytes, int, int]:
+    """(JPEG, width, height) of uint8[H, W, 3] with its longer side at `max_side`; without the metadata it had."""
+    height, width = rgb.shape[:2]
+    scale = max_side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    file = io.BytesIO()
+    small = Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    small.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
+    return file.getvalue(), *size
+
+
+def _pack(record: Record, files: list[bytes], max_side: int | None) -> Packed:
     images, image_members = [], []
     for number, (image, data) in enumerate(zip(record.images, files, strict=True)):
         origin = image if isinstance(image, str) else image.name
         try:
             extension = image_extension(data)
-            height, width = decode_rgb(data).shape[:2]  # upright, as the loader will see it
+            rgb = decode_rgb(data)  # upright, as the loader will see it
         except ImageError as error:
             raise Rejected("undecodable image", f"{origin}: {error}") from error
+        height, width = rgb.shape[:2]
+        if max_side is not None and max(height, width) > max_side:
+            data, width, height = shrink(rgb, max_side)
+            extension = "jpg"
         member = extension if len(files) == 1 else f"img{number}.{extension}"
         sha256 = hashlib.sha256(data).hexdigest()
         images.append({"member": member, "w": width, "h": height, "sha256": sha256, "origin": origin})

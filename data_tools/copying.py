@@ -1,7 +1,8 @@
 """Chosen samples of packed sets, in a chosen order, as a new set: bytes are copied by the index, nothing is encoded.
 
-Which sample goes to which shard is settled before anything is read, so shards are written in parallel and the result
-is a function of the choice alone. A run that was interrupted goes on with the shards that are missing.
+Which sample goes to which shard is settled before anything is copied, so shards are written in parallel and the result
+is a function of the choice alone. Every shard has samples of one shape, in the choice's order; shards are numbered by
+their first sample. A run that was interrupted goes on with the shards that are missing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ import numpy as np
 from data_tools.journal import Journal
 from data_tools.workers import worker_pool
 from data_tools.writer import ShardWriter
-from pivot.data.samples import parse_sample
-from pivot.data.shards import BLOCK, SHARD_NAME, Shard, ShardSet
+from pivot.data.samples import parse_sample, sample_shape
+from pivot.data.shards import BLOCK, SHARD_NAME, Shard, ShardSet, walk_members
 
-COPY_VERSION = 1  # raise it when the same choice would give other bytes
+COPY_VERSION = 2  # raise it when the same choice would give other bytes
 SAMPLES_PER_SHARD, BYTES_PER_SHARD = 2000, 256 << 20
 
 
@@ -36,6 +38,7 @@ class Choice:
     made_by: dict[str, Any] = field(default_factory=dict)  # command and options, for the manifest
     samples_per_shard: int = SAMPLES_PER_SHARD
     bytes_per_shard: int = BYTES_PER_SHARD
+    facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
 
 
 def open_sets(folders: Sequence[str | Path]) -> ShardSet:
@@ -55,7 +58,7 @@ def copy_samples(
     if not len(choice.rows):
         raise ValueError(f"no sample is left for {out}")
     shards = open_sets(choice.folders)
-    parts = cut_rows(shards.index["span"][choice.rows], choice.samples_per_shard, choice.bytes_per_shard)
+    parts = deal_rows(shards, choice.rows, choice.samples_per_shard, choice.bytes_per_shard)
     with Journal(out, _identity(choice, shards)) as journal:
         done = journal.shards
         if journal.finished:
@@ -64,8 +67,9 @@ def copy_samples(
         journal.save(done, sources=dict(counts))
         journal.clear_leftovers()
         tasks = [
-            (choice.folders, choice.rows[parts[i] : parts[i + 1]], str(out), f"{choice.name}-{i:06d}")
-            for i in range(len(done), len(parts) - 1)
+            (choice.folders, rows, shape, str(out), f"{choice.name}-{i:06d}")
+            for i, (shape, rows) in enumerate(parts)
+            if i >= len(done)
         ]
         for shard, sources in _in_order(tasks, workers):
             done.append(shard)
@@ -74,8 +78,48 @@ def copy_samples(
             progress(sum(one.samples for one in done), len(choice.rows))
         images = int(shards.index["n_images"][choice.rows].sum())
         facts = {"images": images, "sources": _sources(counts, shards), "drops": {}, "made_by": choice.made_by}
-        journal.finish(done, name=choice.name, kind=shards.kind, **facts)
+        journal.finish(done, name=choice.name, kind=shards.kind, **(facts | choice.facts))
     return done
+
+
+def deal_rows(
+    shards: ShardSet, rows: np.ndarray, samples_per_shard: int, bytes_per_shard: int
+) -> list[tuple[str, np.ndarray]]:
+    """(shape, rows) of each shard to write."""
+    shapes, codes = _shapes_of(shards, rows)
+    parts = []
+    for code, places in _groups(codes):
+        cuts = cut_rows(shards.index["span"][rows[places]], samples_per_shard, bytes_per_shard)
+        parts += [(shapes[code], places[start:end]) for start, end in pairwise(cuts)]
+    return [(shape, rows[places]) for shape, places in sorted(parts, key=lambda part: int(part[1][0]))]
+
+
+def _shapes_of(shards: ShardSet, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """(shapes, int64[n]: the number of each row's shape). Read from samples only where the manifest says none."""
+    numbers: dict[str, int] = {}
+    codes = np.empty(len(rows), dtype=np.int64)
+    for shard, places in _groups(np.searchsorted(shards.first_rows, rows, side="right") - 1):
+        shape = shards.shards[shard].shape
+        if shape:
+            codes[places] = numbers.setdefault(shape, len(numbers))
+            continue
+        for place in places.tolist():
+            codes[place] = numbers.setdefault(read_shape(shards, int(rows[place])), len(numbers))
+    return list(numbers), codes
+
+
+def _groups(values: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:
+    """(value, places where it stands) for each value."""
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(values[order], prepend=-1))
+    return zip(values[order][starts].tolist(), np.split(order, starts[1:]), strict=True)
+
+
+def read_shape(shards: ShardSet, row: int) -> str:
+    """As it is in the shard, not as the manifest says."""
+    members = dict(walk_members(shards.read_span(row)))
+    key = next(iter(members)).removesuffix("json")
+    return sample_shape((name.removeprefix(key) for name in members), shards.read_text(row))
 
 
 def cut_rows(spans: np.ndarray, samples_per_shard: int, bytes_per_shard: int) -> list[int]:
@@ -103,14 +147,16 @@ def _opened(folders: tuple[str, ...]) -> ShardSet:
     return open_sets(folders)  # once in each worker
 
 
-def _write_shard(folders: tuple[str, ...], rows: np.ndarray, out: str, name: str) -> tuple[Shard, Counter[str]]:
+def _write_shard(
+    folders: tuple[str, ...], rows: np.ndarray, shape: str, out: str, name: str
+) -> tuple[Shard, Counter[str]]:
     shards = _opened(folders)
     writer, sources = ShardWriter(Path(out), name), Counter[str]()
     try:
         for row in rows.tolist():
             record = shards.index[row]
             entries = shards.read_span(row)
-            writer.add_raw(entries, record)
+            writer.add_raw(entries, record, shape)
             sample = parse_sample(entries[BLOCK : BLOCK + int(record["json_len"])])
             sources[str(sample.get("source") or "")] += 1
         return writer.close(), sources

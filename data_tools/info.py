@@ -32,6 +32,7 @@ def describe(folder: Path, top: int = 3) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in shards.shards),
         "shards": len(shards.shards),
         "samples_per_shard": [min(shards.shard_sizes), max(shards.shard_sizes)],
+        "shapes": _shapes(shards),
         "fingerprint": shards.fingerprint,
         "sources": manifest.get("sources", {}),
         "drops": manifest.get("drops", {}),
@@ -59,6 +60,10 @@ def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
         "images": f"{facts['images']:,} ({facts['without_image']:,} samples without, "
         f"{facts['several_images']:,} with several)",
         "size": f"{bytes_text(facts['bytes'])} in {count_text(facts['shards'], 'shard')} of {each}",
+        "members": "\n".join(
+            f"{shape['members']}: {shape['samples']:,} samples in {count_text(len(shape['shards']), 'shard')}"
+            for shape in facts["shapes"]
+        ),
         "fingerprint": facts["fingerprint"],
         "sources": "\n".join(
             f"{name}: {source['samples']:,} samples, repeat_time {source['repeat_time']:g}"
@@ -76,6 +81,17 @@ def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
         f"{bytes_text(sample['bytes'])}: {sample['where']}" for sample in facts["largest_samples"]
     )
     return words
+
+
+def _shapes(shards: ShardSet) -> list[dict[str, Any]]:
+    """Which shards `datasets` can open together: those whose samples have the same members and types of JSON."""
+    found: dict[str, dict[str, Any]] = {}
+    for shard in shards.shards:
+        members = shard.shape.partition("/")[0] or "mixed"
+        shape = found.setdefault(shard.shape, {"members": members, "samples": 0, "shards": []})
+        shape["samples"] += shard.samples
+        shape["shards"].append(shard.name)
+    return list(found.values())
 
 
 def _spread(values: np.ndarray) -> dict[str, Any]:

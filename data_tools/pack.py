@@ -1,8 +1,8 @@
 """`pack`: any known format to shards. Workers convert records, one process writes them in the input's order.
 
 The output is a pure function of the input and the options, whatever the number of workers. After each shard the state
-is written to `pack.json`; a second run with the same input and options goes on behind the last finished shard, one
-with others is refused. `manifest.json` comes last: a folder without it is not a data set.
+is written to `pack.json`; a second run with the same input and options goes on from there, one with others is refused.
+`manifest.json` comes last: a folder without it is not a data set.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from data_tools.convert import IMAGE_PLACEHOLDER, Packed, convert
+from data_tools.filling import Filling
 from data_tools.journal import Journal
 from data_tools.readers import Reader, find_reader
 from data_tools.records import Drop, Record
 from data_tools.workers import worker_pool
-from data_tools.writer import ShardWriter
 from pivot.data.shards import INDEX_RECORD, SHARD_NAME, Shard, key_hash
 from pivot.files import write_json
 
-TOOL_VERSION = 2  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
+TOOL_VERSION = 3  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
 CHUNK = 16  # records per message to a worker
 NUM_EXAMPLES = 3  # dropped rows shown for each reason
 
@@ -45,6 +45,7 @@ class PackOptions:
     image_roots: tuple[Path, ...] = ()
     allow_roots: tuple[Path, ...] = ()
     turns: str = "last"  # of an SFT conversation: last | each answer becomes a sample
+    max_side: int | None = None  # px; larger images are made smaller, the others keep their bytes
     workers: int = 1
     max_drop: float = 0.01  # share of the rows
     samples_per_shard: int = 2000
@@ -107,26 +108,21 @@ def pack(options: PackOptions, progress: Callable[[Tally], None] = lambda tally:
 
     Raises ValueError for a source that no reader knows, and for an output folder that holds another pack.
     """
-    format, reader = find_reader(options.source, options.format, options.mapping)
-    name = _name_of(options)
-    with Journal(options.out, _identity(options, name, format)) as journal:
+    _, reader = find_reader(options.source, options.format, options.mapping)
+    with Journal(options.out, identity(options)) as journal:
         tally = Tally(**journal.state["tally"]) if journal.state else Tally()
         shards = journal.shards
-        rows = _rows(reader, options)
-        _skip(rows, tally, options.out)
         if journal.finished:
-            _refuse_more(rows, options.out)
+            check_unchanged(options, tally)
             return PackResult(tally, shards, complete=True)
-        journal.save(shards, tally=asdict(tally))
-        journal.clear_leftovers()
-        _write_shards(rows, options, name, tally, shards, journal, progress)
+        shards = _write_shards(_rows(reader, options), options, tally, journal, progress)
         complete = tally.drop_ratio <= options.max_drop
         _write_stats(options.out, tally, shards)
         if complete:
             if not shards:
                 raise ValueError(f"{options.source}: no sample is left; the reasons are in {options.out}/stats.json")
             facts = {"images": tally.images, "sources": tally.sources, "drops": tally.drops, "tally": asdict(tally)}
-            journal.finish(shards, name=name, kind=tally.kind, **facts)
+            journal.finish(shards, name=_name_of(options), kind=tally.kind, **facts)
     return PackResult(tally, shards, complete)
 
 
@@ -204,12 +200,16 @@ def each_answer(record: Record) -> Iterator[Record]:
         number += 1
 
 
-def _convert(row: Record | Drop, trusted: tuple[Path, ...]) -> Packed | Drop:
-    return row if isinstance(row, Drop) else convert(row, trusted)
+def _convert(row: Record | Drop, trusted: tuple[Path, ...], max_side: int | None) -> Packed | Drop:
+    return row if isinstance(row, Drop) else convert(row, trusted, max_side)
 
 
 def _converted(rows: Iterable[Record | Drop], options: PackOptions) -> Iterator[tuple[Any, Packed | Drop]]:
-    return ordered_map(partial(_convert, trusted=_trusted(options)), rows, options.workers)
+    return ordered_map(_converter(options, _convert), rows, options.workers)
+
+
+def _converter(options: PackOptions, function: Callable[..., Packed | Drop]) -> Callable[[Any], Packed | Drop]:
+    return partial(function, trusted=_trusted(options), max_side=options.max_side)
 
 
 def _judge(row: Record | Drop, result: Packed | Drop, tally: Tally, seen: set[int]) -> Packed | Drop:
@@ -230,43 +230,62 @@ def _trusted(options: PackOptions) -> tuple[Path, ...]:
 def _write_shards(
     rows: Iterator[Record | Drop],
     options: PackOptions,
-    name: str,
     tally: Tally,
-    shards: list[Shard],
     journal: Journal,
     progress: Callable[[Tally], None],
-) -> None:
-    seen = _known_keys(options.out, shards)
-    writer: ShardWriter | None = None
+) -> list[Shard]:
+    """All shards, those of earlier runs among them. `tally` goes on from where it was."""
+    filling = Filling(
+        options.out, _name_of(options), options.samples_per_shard, options.bytes_per_shard, journal.shards
+    )
+    seen = _known_keys(options.out, filling.shards)
+    began = (journal.state or {}).get("filling", [])
+
+    def save() -> None:
+        journal.save(filling.shards, tally=asdict(tally), filling=filling.state())
+
     try:
-        for row, result in _converted(rows, options):
-            result = _judge(row, result, tally, seen)
+        if journal.state is None:
+            save()
+        journal.clear_leftovers()
+        filling.reopen(began)
+        for row, packed in _converted_again(rows, tally, began, options):
+            filling.add(packed, row)
+            seen.add(key_hash(packed.key))
+        for record, result in _converted(rows, options):
+            result = _judge(record, result, tally, seen)
             if isinstance(result, Packed):
-                if writer is not None and _is_full(writer, result, options):
-                    shards.append(writer.close())
-                    writer = None
-                    journal.save(shards, tally=asdict(tally))  # before this row counts: it is not in the shard
-                writer = writer or ShardWriter(options.out, f"{name}-{len(shards):06d}")
-                writer.add(result)
+                if filling.make_room(result):
+                    save()  # before this row counts: it is in no finished shard
+                filling.add(result, tally.rows)
                 seen.add(key_hash(result.key))
-                tally.keep(row, result)
+                tally.keep(record, result)
             else:
                 tally.drop(result)
-            tally.read(row)
+            tally.read(record)
             progress(tally)
-        if writer is not None:
-            shards.append(writer.close())
-            writer = None
-        journal.save(shards, tally=asdict(tally))
-    except OSError:
-        if writer is not None:
-            writer.abandon()
+        filling.finish_all()
+        save()
+    except BaseException:
+        filling.abandon()
         raise
+    return filling.shards
 
 
-def _is_full(writer: ShardWriter, packed: Packed, options: PackOptions) -> bool:
-    too_many = len(writer) >= options.samples_per_shard
-    return too_many or writer.num_bytes + packed.num_bytes > options.bytes_per_shard
+def _converted_again(
+    rows: Iterator[Record | Drop], done: Tally, began: list[dict[str, Any]], options: PackOptions
+) -> Iterator[tuple[int, Packed]]:
+    """(row, sample) of what was in open shards when the last run ended; reads past the other rows that it did."""
+    shapes = {row: shard["shape"] for shard in began for row in shard["rows"]}
+    again = ((number, row) for number, row in _skip(rows, done, options.out) if number in shapes)
+    for (number, _), result in ordered_map(_converter(options, _convert_numbered), again, options.workers):
+        if not isinstance(result, Packed) or result.shape != shapes[number]:
+            raise ValueError(f"{options.out}: row {number} is not what it was when it was packed; choose another --out")
+        yield number, result
+
+
+def _convert_numbered(numbered: tuple[int, Record | Drop], **settings: Any) -> Packed | Drop:
+    return _convert(numbered[1], **settings)
 
 
 def _name_of(options: PackOptions) -> str:
@@ -282,25 +301,28 @@ def _default_name(source: Path) -> str:
     return re.sub(r"[^0-9A-Za-z_-]+", "_", stem)[:73] or "data"
 
 
-def _identity(options: PackOptions, name: str, format: str) -> dict[str, Any]:
+def identity(options: PackOptions) -> dict[str, Any]:
     """What must be the same for a pack to be gone on with."""
+    format, _ = find_reader(options.source, options.format, options.mapping)
     return {
-        "name": name,
+        "name": _name_of(options),
         "format": format,
         "mapping": dict(options.mapping),
         "image_roots": [str(root) for root in options.image_roots],
         "allow_roots": [str(root) for root in options.allow_roots],
         "turns": options.turns,
+        "max_side": options.max_side,
         "samples_per_shard": options.samples_per_shard,
         "bytes_per_shard": options.bytes_per_shard,
         "tool_version": TOOL_VERSION,
     }
 
 
-def _skip(rows: Iterator[Record | Drop], done: Tally, out: Path) -> None:
-    """Read past the rows that are packed already, and make sure that they are the same rows."""
+def _skip(rows: Iterator[Record | Drop], done: Tally, out: Path) -> Iterator[tuple[int, Record | Drop]]:
+    """(number, row) of those that were read before. Raises ValueError at their end when they are others now."""
     passed = Tally()
     for row in islice(rows, done.rows):
+        yield passed.rows, row
         passed.read(row)
     if passed.digest != done.digest:
         raise ValueError(
@@ -308,9 +330,13 @@ def _skip(rows: Iterator[Record | Drop], done: Tally, out: Path) -> None:
         )
 
 
-def _refuse_more(rows: Iterator[Record | Drop], out: Path) -> None:
+def check_unchanged(options: PackOptions, done: Tally) -> None:
+    """Raise ValueError unless the input has the rows that were packed and no more."""
+    _, reader = find_reader(options.source, options.format, options.mapping)
+    rows = _rows(reader, options)
+    deque(_skip(rows, done, options.out), maxlen=0)
     if next(rows, None) is not None:
-        raise ValueError(f"{out} holds a complete pack, and the input has more rows now; choose another --out")
+        raise ValueError(f"{options.out} holds a complete pack, and the input has more rows now; choose another --out")
 
 
 def _known_keys(out: Path, shards: list[Shard]) -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,10 @@ class RunData:
 
 def open_run(config: Path, overrides: list[str], output: Output, workers: int, *, count: bool = True) -> RunData:
     """Open the data that a run would train on, and, with `count`, count tokens where that was not done yet."""
-    from pivot.inputs import open_data, settle_cache_dir
-    from pivot.models.build import settle_sources
-    from pivot.processor import build_processor
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets; stdout is for the result
+        from pivot.inputs import open_data, settle_cache_dir
+        from pivot.models.build import settle_sources
+        from pivot.processor import build_processor
 
     loaded = load_config(config, overrides)
     processor = build_processor(settle_sources(loaded).model, loaded.data)

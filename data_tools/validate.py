@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.copying import read_shape
 from data_tools.pack import ordered_map
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.samples import ROLES_OF_KIND, message_text
@@ -74,11 +75,18 @@ def _opened(folder: str) -> ShardSet:
 def _check_shard(folder: str, number: int) -> list[str]:
     shards = _opened(folder)
     problems = _check_tar(shards, number)
+    shapes = set()
     for row in range(int(shards.first_rows[number]), int(shards.first_rows[number + 1])):
         try:
             problems += [f"{shards.describe(row)}: {problem}" for problem in _check_sample(shards, row)]
+            shapes.add(read_shape(shards, row))
         except (DamagedSample, ValueError) as error:
             problems.append(str(error))
+    if len(shapes) > 1:
+        what = f"{shards.fetch(number)} mixes samples of {len(shapes)} shapes"
+        problems.append(
+            f"{what}, so `datasets` does not open it; python -m data_tools reshard makes shards that it opens"
+        )
     return problems
 
 

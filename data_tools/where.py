@@ -17,6 +17,8 @@ from pivot.data.samples import Sample, message_text
 TEXTS = ("id", "source", "prompt", "chosen", "rejected", "answer")
 COUNTS = tuple(f"{unit}_{field}" for unit in ("words", "letters") for field in ("prompt", "chosen", "rejected"))
 NUMBERS = ("row", "images", "width", "height", *COUNTS)
+EXAMPLES = "words_chosen>60, source=docvqa, chosen~sorry"
+HELP = f"only samples for which it holds; repeatable: {EXAMPLES}; fields: {', '.join(TEXTS + NUMBERS)}"
 _PATTERN = re.compile(r"\s*([a-z_]+)\s*(!=|>=|<=|=|>|<|~)\s*(.*)", re.DOTALL)
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,

@@ -34,6 +34,7 @@ class ShardWriter:
         self._writer = webdataset.TarWriter(self._file, encoder=False, compress=False, mtime=0)
         self._writer.tarstream.format = tarfile.USTAR_FORMAT
         self._records: list[np.ndarray] = []
+        self._shapes: set[str] = set()
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -44,15 +45,17 @@ class ShardWriter:
         for extension, data in packed.members:  # one by one: a single call would sort them, the JSON not first
             self._writer.write({"__key__": packed.key, extension: data})
         self._records.append(_index_record(packed, offset, self._writer.tarstream.offset - offset))
+        self._shapes.add(packed.shape)
         self.num_bytes = self._writer.tarstream.offset
 
-    def add_raw(self, entries: bytes, record: np.ndarray) -> None:
+    def add_raw(self, entries: bytes, record: np.ndarray, shape: str) -> None:
         """The tar entries of a sample that is packed already, byte for byte, with its index record."""
         moved = record.copy()
         moved["offset"] = self._writer.tarstream.offset
         self._writer.tarstream.fileobj.write(entries)
         self._writer.tarstream.offset += len(entries)
         self._records.append(moved)
+        self._shapes.add(shape)
         self.num_bytes = self._writer.tarstream.offset
 
     def abandon(self) -> None:
@@ -76,7 +79,8 @@ class ShardWriter:
         _part(self._tar_path).replace(self._tar_path)
         write_atomically(self._idx_path, index)
         sync_folder(self._tar_path.parent)
-        return Shard(self.name, len(self._records), size, sha256, hashlib.sha256(index).hexdigest())
+        shape = self._shapes.pop() if len(self._shapes) == 1 else ""
+        return Shard(self.name, len(self._records), size, sha256, hashlib.sha256(index).hexdigest(), shape)
 
 
 def _fsync(file: IO[bytes]) -> None:

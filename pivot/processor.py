@@ -158,6 +158,18 @@ class Processor:
             return template
         return (_FLATTEN if self._takes_strings(template) else _UNFLATTEN) + template
 
+    @cached_property
+    def _bare_template(self) -> str:
+        """The template without its prefix, for messages that `_shape` prepared: half the time of a rendering."""
+        return self.chat_template.removeprefix(_FLATTEN).removeprefix(_UNFLATTEN)
+
+    def _shape(self, message: dict[str, Any]) -> dict[str, Any]:
+        """What the prefix of the chat template makes of a message, whose content is a list of parts."""
+        if self.chat_template.startswith(_UNFLATTEN):
+            return message
+        texts = (f"{IMAGE_TOKEN}\n" if part["type"] == "image" else part["text"] for part in message["content"])
+        return {**message, "content": "".join(texts)}
+
     def _takes_strings(self, template: str) -> bool:
         try:
             return _PROBE in self._render([{"role": "user", "content": _PROBE}], template=template)
@@ -167,7 +179,10 @@ class Processor:
     def _find_end_of_turn(self) -> tuple[int, bool]:
         """The special token behind an assistant's text, and whether we must put it there (LLaVA-1.5's has none)."""
         question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
-        text = self._render([*question, {"role": "assistant", "content": _PROBE}])
+        answer = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
+        text = self._render([*question, answer])
+        shaped = [self._shape(message) for message in (*question, answer)]
+        assert self._render(shaped, template=self._bare_template) == text, "the prefix of the template does otherwise"
         if [text.count(part) for part in (self.image_token, _QUESTION, _PROBE)] != [1, 1, 1]:
             raise ValueError(
                 "chat template: a question with one image and its answer should be rendered with one "
@@ -201,8 +216,8 @@ class Processor:
         prompt, num_images = check_prompt(prompt)
         answers = {role: check_completion(role, messages) for role, messages in completions.items()}
         escapes = self._choose_escapes([*prompt, *answers.values()])
-        messages = [escape_text(message, escapes) for message in prompt]
-        text = self._render(messages, add_generation_prompt=True)
+        messages = [self._shape(escape_text(message, escapes)) for message in prompt]
+        text = self._render(messages, add_generation_prompt=True, template=self._bare_template)
         ids = self._encode_text(text, escapes)
         if ids.count(self.image_token_id) != num_images:
             raise ValueError(
@@ -211,7 +226,8 @@ class Processor:
             )
         encoded = {}
         for role, answer in answers.items():
-            full = self._render([*messages, escape_text(answer, escapes)])
+            shaped = self._shape(escape_text(answer, escapes))
+            full = self._render([*messages, shaped], template=self._bare_template)
             encoded[role] = np.asarray(self._completion_ids(text, ids, full, escapes), dtype=np.int64)
         return EncodedPair(self._expand_images(ids), encoded, num_images)
 
@@ -268,6 +284,8 @@ class Processor:
         """Special tokens in what users wrote -> the private-use letter that stands for each while rendering."""
         text = "".join(part.get("text", "") for message in messages for part in message["content"])
         found = [token for token in self._special_tokens if token in text]
+        if not found:
+            return {}
         taken = text + self.chat_template
         letters = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken)
         # The longest first: of <a><b> and <a>, both special, the first must not be cut by the second.
@@ -286,6 +304,10 @@ class Processor:
         return ids
 
     def _encode_piece(self, text: str, *, as_text: bool) -> list[int]:
+        core = self.tokenizer.backend_tokenizer
+        if not as_text and not core.encode_special_tokens and core.truncation is None and core.padding is None:
+            # What the call below comes to, without the places in the text that it also finds: in half the time.
+            return core.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)["input_ids"] if text else []
 
     def save_pretrained(self, folder: str | Path) -> None:

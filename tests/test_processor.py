@@ -107,6 +107,51 @@ def test_stock_processor_of_the_export_gives_the_same_ids(folders: dict, tmp_pat
     assert (batch["input_ids"] == processor.image_token_id).sum() == 16 + (cls == "keep")
 
 
+TRIMS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}"
+    "{% if m['content'] is string and 'two' in m.content %} (2){% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, LLAVA_TEMPLATE, TRIMS], ids=["own", "for lists", "trims"])
+@pytest.mark.parametrize("question", ["What is it?", "  \n two\n\n spaces  ", "é \U0001f600 {{ messages }} {% if %}"])
+def test_prompt_and_completions_are_what_the_stock_processor_gives(
+    folders: dict, tmp_path: Path, template: str | None, question: str
+) -> None:
+    """We render without the prefix that the template has in the export, and call the tokenizer's core: no id differs.
+
+    The completion has its end of turn, and what the template puts behind that is not trained on.
+    """
+    processor = make(folders, chat_template=template)
+    processor.save_pretrained(tmp_path)
+    stock = AutoProcessor.from_pretrained(tmp_path)
+    picture = Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8))
+
+    def stock_ids(messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        batch = stock.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)
+        return batch["input_ids"][0].tolist()
+
+    def messages(image: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = [{"type": "text", "text": "First "}, image, {"type": "text", "text": question}]
+        turns = [{"role": "user", "content": "Hello."}, *answer(" Hi. "), {"role": "user", "content": parts}]
+        return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} if turn["role"] != "user" else turn
+                for turn in turns]  # fmt: skip
+
+    ours, shown = messages({"type": "image", "image": 0}), messages({"type": "image", "image": picture})
+    texts = {"chosen": "A cup. ", "rejected": "\n no\u2028"}
+    encoded = processor.encode(ours, {role: answer(text) for role, text in texts.items()})
+    assert encoded.prompt.tolist() == stock_ids(shown, add_generation_prompt=True)
+    for role, text in texts.items():
+        full = stock_ids([*shown, {"role": "assistant", "content": [{"type": "text", "text": text}]}])
+        ids = [*encoded.prompt.tolist(), *encoded.completions[role].tolist()]
+        if template == LLAVA_TEMPLATE:  # it ends no turn: the end of text is ours, and its last blank is not
+            decoded = stock.tokenizer.decode(full).rstrip()
+            assert stock.tokenizer.decode(ids) == decoded + stock.tokenizer.eos_token
+        else:
+            assert full[: len(ids)] == ids and ids[-1] == processor.end_of_turn_id
+
+
 @pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
 def test_exported_image_processor_fits_an_image_as_asked(folders: dict, tmp_path: Path, fit: str) -> None:
     """A wide image with a red left half: a squash and a pad keep it, a crop keeps the middle; a pad adds mean colour.

@@ -14,7 +14,15 @@ from pivot.files import write_json
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the packed sets of the runs")
-    command.add_argument("--from", dest="logs", type=Path, nargs="+", required=True, metavar="bad-samples-rank*.jsonl")
+    command.add_argument(
+        "--from",
+        dest="logs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="LOG",
+        help="bad-samples-rank*.jsonl in the runs' folders",
+    )
     command.add_argument("--out", type=Path, required=True, help="list to write, for data.exclude")
 
 

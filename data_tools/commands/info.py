@@ -8,7 +8,7 @@ from data_tools.info import describe, describe_in_words
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
     command.add_argument("--top", type=int, default=3, help="how many of the largest samples to name (%(default)s)")
 
 

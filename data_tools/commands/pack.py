@@ -11,6 +11,7 @@ from data_tools.pack import PackOptions, Tally, pack, try_pack
 from data_tools.readers import READERS, find_reader
 from data_tools.readers.generic import FIELDS, parse_mapping
 from data_tools.records import Drop, ImageBytes, Record
+from data_tools.shuffle import pack_shuffled
 
 SHOWN_ROWS = 3
 SHOWN_LETTERS = 200
@@ -18,10 +19,14 @@ SHOWN_LETTERS = 200
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", type=Path, metavar="SRC", help="folder or file; the format is found out")
-    command.add_argument("--out", type=Path, help="folder to write")
-    command.add_argument("--image-root", type=Path, action="append", default=[], help="where image paths count from")
-    command.add_argument("--allow-root", type=Path, action="append", default=[], help="links may lead below it")
-    command.add_argument("--name", help="of the data set; by default that of SRC")
+    command.add_argument("--out", type=Path, help="folder to write; needed but for --show-mapping")
+    command.add_argument(
+        "--image-root", type=Path, action="append", default=[], help="folder from which image paths count; repeatable"
+    )
+    command.add_argument(
+        "--allow-root", type=Path, action="append", default=[], help="folder to which links may lead; repeatable"
+    )
+    command.add_argument("--name", help="of the data set and its shards; by default that of SRC")
     command.add_argument("--format", choices=["auto", *READERS], default="auto", metavar="FORMAT", help=_formats())
     command.add_argument(
         "--map", action="append", default=[], metavar="FIELD=COLUMN", help=f"fields: {', '.join(FIELDS)}; repeatable"
@@ -30,11 +35,29 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--show-mapping", action="store_true", help="print three rows as they are understood, and stop"
     )
     command.add_argument(
-        "--turns", choices=["last", "each"], default="last", help="SFT conversations: answers to train on (%(default)s)"
+        "--turns",
+        choices=["last", "each"],
+        default="last",
+        help="which answers of SFT conversations to train on (%(default)s)",
     )
-    command.add_argument("--max-drop", type=float, default=0.01, help="largest share of rows to drop (%(default)s)")
-    command.add_argument("--samples-per-shard", type=int, default=2000, help="%(default)s")
-    command.add_argument("--megabytes-per-shard", type=int, default=256, help="%(default)s")
+    command.add_argument(
+        "--max-side", type=int, metavar="PX", help="make larger images smaller (JPEG); by default all keep their bytes"
+    )
+    command.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.01,
+        help="end with 1 and no set when a larger share of the rows is dropped (%(default)s)",
+    )
+    command.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="put the samples in a drawn order, for readers that read shards front to back (pivot draws its own "
+        "order) and for sets to be read from afar; takes the set's size twice while it runs",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of --shuffle (%(default)s)")
+    command.add_argument("--samples-per-shard", type=int, default=2000, help="at most (%(default)s)")
+    command.add_argument("--megabytes-per-shard", type=int, default=256, help="at most (%(default)s)")
 
 
 def _formats() -> str:
@@ -47,8 +70,9 @@ def run(options: argparse.Namespace, output: Output) -> int:
         return _show_mapping(options, mapping, output)
     if options.out is None:
         raise ValueError("--out is missing: name the folder to write")
-    if min(options.samples_per_shard, options.megabytes_per_shard) < 1:
-        raise ValueError("--samples-per-shard and --megabytes-per-shard: expected at least 1")
+    limits = (options.samples_per_shard, options.megabytes_per_shard, options.max_side)
+    if any(limit is not None and limit < 1 for limit in limits):
+        raise ValueError("--samples-per-shard, --megabytes-per-shard and --max-side: expected at least 1")
     wanted = PackOptions(
         source=options.source,
         out=options.out,
@@ -58,6 +82,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         image_roots=tuple(options.image_root),
         allow_roots=tuple(options.allow_root),
         turns=options.turns,
+        max_side=options.max_side,
         workers=options.workers,
         max_drop=options.max_drop,
         samples_per_shard=options.samples_per_shard,
@@ -74,7 +99,11 @@ def run(options: argparse.Namespace, output: Output) -> int:
         num_samples, complete = tally.rows - tally.num_dropped, tally.drop_ratio <= options.max_drop
         text = f"would write {num_samples} samples, {bytes_text(size)} of content, to {options.out}"
     else:
-        result = pack(wanted, progress)
+        if options.shuffle:
+            result = pack_shuffled(wanted, options.seed, progress, copied := output.progress("samples copied"))
+            copied.close()
+        else:
+            result = pack(wanted, progress)
         line.close()
         tally, num_samples, complete = result.tally, result.num_samples, result.complete
         size = sum(shard.bytes for shard in result.shards)

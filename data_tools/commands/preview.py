@@ -8,18 +8,22 @@ from data_tools.console import Output, bytes_text
 from data_tools.copying import open_sets
 from data_tools.preview import choose, read_shown, to_html
 from data_tools.sheet import draw_sheet
-from data_tools.where import parse_where
+from data_tools.where import HELP, parse_where
 from pivot.files import write_atomically
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
-    command.add_argument("--out", type=Path, action="append", metavar="FILE", help=".html or .png; repeatable")
+    command.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="ends with .html or .png; repeatable; by default DIR/preview.html",
+    )
     command.add_argument("--n", type=int, help="how many samples (40 on a page, 8 on a sheet)")
     command.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    command.add_argument(
-        "--where", action="append", default=[], metavar="COND", help="source=docvqa, words_chosen>60, chosen~sorry"
-    )
+    command.add_argument("--where", action="append", default=[], metavar="COND", help=HELP)
     command.add_argument("--columns", type=int, default=2, help="of the sheet (%(default)s)")
     command.add_argument("--dark", action="store_true", help="a dark sheet; the page follows the browser")
 

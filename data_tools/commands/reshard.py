@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.console import Output, count_text
-from data_tools.copying import BYTES_PER_SHARD, SAMPLES_PER_SHARD, Choice, copy_samples, cut_rows, open_sets
+from data_tools.copying import BYTES_PER_SHARD, SAMPLES_PER_SHARD, Choice, copy_samples, deal_rows, open_sets
 from data_tools.draw import shuffled
 
 
@@ -14,10 +14,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="packed sets; several become one")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--name", help="of the new set; by default that of the first")
-    command.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="%(default)s")
-    command.add_argument("--megabytes-per-shard", type=int, default=BYTES_PER_SHARD >> 20, help="%(default)s")
-    command.add_argument("--shuffle", action="store_true", help="for readers that only read shards in their order")
-    command.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    command.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="at most (%(default)s)")
+    command.add_argument("--megabytes-per-shard", type=int, default=BYTES_PER_SHARD >> 20, help="at most (%(default)s)")
+    command.add_argument(
+        "--shuffle", action="store_true", help="a drawn order, for readers that read shards front to back"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of --shuffle (%(default)s)")
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
@@ -35,8 +37,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         bytes_per_shard=options.megabytes_per_shard << 20,
     )
     if options.dry_run:
-        spans = shards.index["span"][rows]
-        num_shards = len(cut_rows(spans, choice.samples_per_shard, choice.bytes_per_shard)) - 1
+        num_shards = len(deal_rows(shards, rows, choice.samples_per_shard, choice.bytes_per_shard))
         output.say(f"would write {len(rows)} samples in {count_text(num_shards, 'shard')} to {options.out}")
     else:
         line = output.progress("samples")

@@ -7,7 +7,7 @@ from typing import Any
 from data_tools.console import Output
 from data_tools.copying import Choice, copy_samples
 from data_tools.draw import WAYS, Filters, draw
-from data_tools.where import parse_where, text_of
+from data_tools.where import HELP, parse_where, text_of
 from pivot.data.samples import Sample
 from pivot.data.shards import ShardSet
 
@@ -23,17 +23,21 @@ SPECIAL = ("<image>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
-    command.add_argument("--name", help="of the new set")
+    command.add_argument("--name", help="of the new set; by default that of DIR and the number")
     command.add_argument("--preset", choices=PRESETS, help="PIVOT's draw from MMPR; needs --tokenizer (Qwen2.5)")
-    command.add_argument("--num", type=int, help="how many; all that pass, if absent")
-    command.add_argument("--seed", type=int, help="0 if absent")
+    command.add_argument("--num", type=int, help="how many samples; all that pass the filters, if absent")
+    command.add_argument("--seed", type=int, help="of the draw; 0 if absent")
     command.add_argument("--by", choices=WAYS, help="rows: each alike; repeat_time: by the weight of its source")
-    command.add_argument("--where", action="append", default=[], metavar="COND", help="words_chosen>60, source=docvqa")
-    command.add_argument("--images", type=int, help="exactly so many images")
-    command.add_argument("--max-words", type=int, help="of the longer answer")
-    command.add_argument("--max-tokens", type=int, help="of prompt and chosen, text alone; needs --tokenizer")
+    command.add_argument("--where", action="append", default=[], metavar="COND", help=HELP)
+    command.add_argument("--images", type=int, help="only samples with exactly so many images")
+    command.add_argument("--max-words", type=int, help="at most so many words in the longer answer")
+    command.add_argument(
+        "--max-tokens", type=int, help="at most so many in prompt and chosen, text alone; needs --tokenizer"
+    )
     command.add_argument("--tokenizer", help="folder or hub id that --max-tokens counts with")
-    command.add_argument("--without", action="append", metavar="TEXT", help="no answer holds it; repeatable")
+    command.add_argument(
+        "--without", action="append", metavar="TEXT", help="only samples without it in an answer; repeatable"
+    )
     command.add_argument("--no-special-tokens", action="store_true", help=f"--without {', '.join(SPECIAL)}")
 
 
@@ -59,7 +63,8 @@ def run(options: argparse.Namespace, output: Output) -> int:
         choice = Choice((str(options.folder),), drawn.rows, name, {"command": "sample", **facts})
         copy_samples(choice, options.out, workers=options.workers, progress=line)
         line.close()
-    output.table(("not drawn because of", "rows"), drawn.refused.items())
+    if drawn.refused:
+        output.table(("not drawn because of", "rows"), drawn.refused.items())
     verb = "would write" if options.dry_run else "wrote"
     output.say(
         f"{verb} {len(drawn.rows)} of {len(shards)} samples to {options.out}, drawn by {wanted['by']} with seed "

@@ -14,7 +14,7 @@ from pivot.data.shards import ShardSet
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
     command.add_argument("--eval", type=float, default=0.02, help="largest share for evaluation (%(default)s)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="which groups of images are set apart (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder to write: OUT/train and OUT/eval")
 
 

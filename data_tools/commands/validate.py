@@ -10,7 +10,7 @@ SHOWN_PROBLEMS = 50
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
     command.add_argument("--fast", action="store_true", help="sizes, index and manifest only; no shard is read")
 
 

@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from data_tools.demo.architecture import write_architecture
 from data_tools.demo.questions import CAPTION_REQUEST, Question, ask, caption
 from data_tools.demo.scenes import SIDE, Scene, draw_scene
 from data_tools.demo.sheet import draw_sheet
+from data_tools.workers import worker_pool
 from data_tools.writer import ShardWriter
 from pivot.data.samples import SAMPLE_VERSION, check_sample, dump_sample
 from pivot.data.shards import MANIFEST_VERSION, Shard, set_fingerprint
@@ -101,7 +101,7 @@ def _map(function: Callable[[Any], Any], items: list[Any], workers: int) -> Iter
     if workers <= 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         yield from pool.map(function, items)
 
 

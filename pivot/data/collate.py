@@ -1,5 +1,8 @@
 """Encoded pairs and their pixels to one PackedBatch: a row of trees, each a prompt with its completions as children.
 
+With image trees, pairs that follow each other and begin with the same tokens and images share that beginning: image,
+then questions, then completions.
+
 The shift by one lives here and nowhere else: the position that predicts a completion's first token is the last of the
 prompt, for chosen and for rejected alike; token i of a completion is predicted at the position of token i - 1.
 """
@@ -8,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pivot.batch import DUMMY_SAMPLE, PackedBatch, Segments
+from pivot.data.lengths import image_prefix
 
 if TYPE_CHECKING:
     from pivot.processor import EncodedPair, ImageGeometry
@@ -34,13 +38,18 @@ DUMMY = Example(DUMMY_SAMPLE, None)
 
 
 def collate(
-    examples: Sequence[Example], roles: tuple[str, ...], geometry: ImageGeometry, image_token_id: int
+    examples: Sequence[Example],
+    roles: tuple[str, ...],
+    geometry: ImageGeometry,
+    image_token_id: int,
+    *,
+    image_trees: bool = False,
 ) -> PackedBatch:
     """The micro-batch of `examples`; none gives a row with one weight-0 dummy.
 
     Raises ValueError, naming the row, when the image tokens of a prompt do not match its images.
     """
-    row = _Row(image_token_id, geometry.num_tokens)
+    row = _Row(image_token_id, geometry.num_tokens, image_trees)
     for example in examples or [DUMMY]:
         row.add(example, roles)
     black = torch.zeros(3, geometry.size, geometry.size, dtype=torch.uint8)
@@ -64,12 +73,22 @@ def collate(
     )
 
 
+class _Trunk(NamedTuple):
+    """The beginning of a prompt up to its last image token."""
+
+    image_ids: tuple[str, ...]
+    tokens: bytes
+    segment: int
+
+
 class _Row:
     """The row as it grows, one example after the other."""
 
-    def __init__(self, image_token_id: int, num_image_tokens: int) -> None:
+    def __init__(self, image_token_id: int, num_image_tokens: int, image_trees: bool) -> None:
         self.image_token_id, self.num_image_tokens = image_token_id, num_image_tokens
+        self.image_trees = image_trees
         self.length = 0
+        self.trunk: _Trunk | None = None  # of the last pair, which the next one may share
         self.start: list[int] = []
         self.end: list[int] = []
         self.parent: list[int] = []
@@ -88,13 +107,27 @@ class _Row:
         self.sample_index.append(example.row)
         if example.encoded is None:
             filler = np.array([0 if self.image_token_id != 0 else 1])  # any token that is not an image
-            prompt, completions, weight = filler, dict.fromkeys(roles, filler), 0.0
+            self.trunk = None
+            prompt, completions, weight = self._add_segment(filler, parent=-1), dict.fromkeys(roles, filler), 0.0
         else:
-            prompt, completions, weight = example.encoded.prompt, example.encoded.completions, 1.0
-            self._add_images(example, prompt)
-        root = self._add_segment(prompt, parent=-1)
+            prompt = self._add_prompt(example, example.encoded.prompt)
+            completions, weight = example.encoded.completions, 1.0
         for role in roles:
-            self._add_completion(completions[role], root, weight)
+            self._add_completion(completions[role], prompt, weight)
+
+    def _add_prompt(self, example: Example, prompt: np.ndarray) -> int:
+        """The segment that the completions continue: the prompt's, or its last one."""
+        cut = image_prefix(prompt, self.image_token_id) if self.image_trees else 0
+        if cut in (0, len(prompt)):
+            self.trunk = None
+            self._add_images(example, prompt)
+            return self._add_segment(prompt, parent=-1)
+        trunk = _Trunk(tuple(example.image_ids), prompt[:cut].tobytes(), len(self.start))
+        if self.trunk is None or trunk[:2] != self.trunk[:2]:
+            self.trunk = trunk
+            self._add_images(example, prompt)
+            self._add_segment(prompt[:cut], parent=-1)
+        return self._add_segment(prompt[cut:], parent=self.trunk.segment)
 
     def _add_segment(self, token_ids: np.ndarray, parent: int) -> int:
         self.token_ids.append(token_ids)
@@ -104,9 +137,9 @@ class _Row:
         self.parent.append(parent)
         return len(self.start) - 1
 
-    def _add_completion(self, token_ids: np.ndarray, root: int, weight: float) -> None:
-        last_of_prompt = self.end[root] - 1
-        segment = self._add_segment(token_ids, parent=root)
+    def _add_completion(self, token_ids: np.ndarray, prompt: int, weight: float) -> None:
+        last_of_prompt = self.end[prompt] - 1
+        segment = self._add_segment(token_ids, parent=prompt)
         inside = np.arange(self.start[segment], self.end[segment] - 1)
         self.target_positions.append(np.concatenate([[last_of_prompt], inside]))
         self.target_ids.append(token_ids)

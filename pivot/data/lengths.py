@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pivot.batch import CHOSEN, REJECTED
+from pivot.data.order import mix64
 from pivot.data.samples import ROLES_OF_KIND, completions_of
 from pivot.data.shards import Shard, ShardSet
 from pivot.files import write_array
@@ -33,8 +34,11 @@ LENGTH_RECORD = np.dtype(
         ("rejected", "<u4"),  # 0 where the sample has none
         ("image", "<u4"),  # image tokens of the prompt
         ("same", "<u4"),  # 1 where chosen and rejected are the same tokens
+        ("image_prefix", "<u4"),  # tokens of the prompt up to its last image token: what pairs about one image share
+        ("image_prefix_hash", "<u8"),  # of those tokens and of the images; 0 without an image
     ]
 )
+LENGTHS_VERSION = 2  # part of the side-cars' folder: raise it when LENGTH_RECORD changes
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Lengths:
     rejected: np.ndarray
     image: np.ndarray
     same: np.ndarray
+    image_prefix: np.ndarray
+    image_prefix_hash: np.ndarray
 
     @classmethod
     def from_records(cls, records: np.ndarray) -> Lengths:
@@ -56,8 +62,16 @@ class Lengths:
 
     @property
     def fingerprint(self) -> str:
+        """Of what every plan reads; the image prefixes follow from the data set and the processor."""
         columns = (self.prompt, self.chosen, self.rejected, self.image, self.same)
         return hashlib.sha256(b"".join(column.astype("<i8").tobytes() for column in columns)).hexdigest()
+
+    def image_groups(self) -> np.ndarray:
+        """int64[rows], equal where prompts begin with the same tokens and images; a row without an image is alone."""
+        keys = self.image_prefix_hash.astype(np.uint64)
+        alone = np.flatnonzero(keys == 0)
+        keys[alone] = mix64(alone.astype(np.uint64))
+        return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
     def completion_tokens(self, roles: tuple[str, ...]) -> np.ndarray:
         """int64[rows]: the tokens to score, summed over `roles`."""
@@ -160,7 +174,7 @@ def load_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path) 
     return Lengths.from_records(np.concatenate(parts))
 
 
-def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int, int, int, int, int]:
+def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int, ...]:
     """One LENGTH_RECORD. Raises ValueError, naming the sample, when it cannot be encoded."""
     sample = shards.read_text(row)
     try:
@@ -169,9 +183,26 @@ def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int,
         raise ValueError(f"{shards.describe(row)}: {error}") from error
     chosen, rejected = encoded.completions[CHOSEN], encoded.completions.get(REJECTED, np.zeros(0, dtype=np.int64))
     image_tokens = encoded.num_images * processor.geometry.num_tokens
-    return len(encoded.prompt), len(chosen), len(rejected), image_tokens, int(np.array_equal(chosen, rejected))
+    same = int(np.array_equal(chosen, rejected))
+    prefix = image_prefix(encoded.prompt, processor.image_token_id)
+    prefix_hash = _hash_prefix(encoded.prompt[:prefix], [image["sha256"] for image in sample["images"]])
+    return len(encoded.prompt), len(chosen), len(rejected), image_tokens, same, prefix, prefix_hash
+
+
+def image_prefix(prompt: np.ndarray, image_token_id: int) -> int:
+    """How many tokens the prompt has up to its last image token; 0 without one."""
+    found = np.flatnonzero(prompt == image_token_id)
+    return int(found[-1]) + 1 if len(found) else 0
+
+
+def _hash_prefix(tokens: np.ndarray, images: list[str]) -> int:
+    if not len(tokens):
+        return 0
+    content = tokens.astype("<i8").tobytes() + "".join(images).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") or 1
 
 
 def _path(cache_dir: str | Path, processor: Processor, shard: Shard) -> Path:
     # The shard's own hash in the name: two sets with equal names may share a cache_dir.
-    return Path(cache_dir) / "lengths" / processor.fingerprint[:16] / f"{shard.name}.{shard.sha256[:16]}.npy"
+    folder = f"{processor.fingerprint[:16]}-{LENGTHS_VERSION}"
+    return Path(cache_dir) / "lengths" / folder / f"{shard.name}.{shard.sha256[:16]}.npy"

@@ -63,7 +63,7 @@ class MicroBatches(Dataset):
 
     def __init__(self, shards: ShardSet, plan: Plan, processor: Processor) -> None:
         self._shards, self._processor = shards, processor
-        self._lengths, self._roles = plan.lengths, plan.roles
+        self._lengths, self._roles, self._image_trees = plan.lengths, plan.roles, plan.image_trees
 
     def __getitem__(self, task: Task) -> Made:
         examples, bad = [], {}
@@ -75,7 +75,9 @@ class MicroBatches(Dataset):
                 examples.append(Example(row, None))
                 bad[place] = self._bad_record(task.step, row, str(error))
         processor = self._processor
-        batch = collate(examples, self._roles, processor.geometry, processor.image_token_id)
+        batch = collate(
+            examples, self._roles, processor.geometry, processor.image_token_id, image_trees=self._image_trees
+        )
         return Made(batch, task.rows, bad)
 
     def _load(self, row: int, decoded: dict[str, Tensor]) -> Example:

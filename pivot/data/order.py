@@ -27,7 +27,8 @@ class EpochOrder:
     """The endless stream of one set's rows: each epoch holds every kept row once.
 
     Shards are permuted, cut into windows of `window_shards` (None: one window), and the rows of a window are permuted
-    in full. Windows bound what a reader of remote shards must hold at a time.
+    in full. Windows bound what a reader of remote shards must hold at a time. With `groups` (int64[rows], equal for
+    rows that belong together) the groups of a window are permuted instead, and each one's rows follow each other.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class EpochOrder:
         kept: np.ndarray,
         seed: int,
         window_shards: int | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
-        self._fingerprint, self._kept, self._seed = fingerprint, kept, seed
+        self._fingerprint, self._kept, self._seed, self._groups = fingerprint, kept, seed, groups
         self._first_rows = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
         self._window_shards = window_shards or len(shard_sizes)
         self.num_rows = int(kept.sum())
@@ -61,8 +63,16 @@ class EpochOrder:
             spans = [self._first_rows[[s, s + 1]] for s in shard_order[first : first + self._window_shards]]
             rows = np.concatenate([np.arange(start, end) for start, end in spans])
             rows = rows[permutation(len(rows), self._key(epoch, "window", number))]
+            if self._groups is not None:
+                rows = self._bring_together(rows, self._key(epoch, "groups", number))
             windows.append(rows[self._kept[rows]])
         return np.concatenate(windows)
+
+    def _bring_together(self, rows: np.ndarray, key: int) -> np.ndarray:
+        """The same rows, group by group in an order of `key`; those of a group keep theirs."""
+        assert self._groups is not None
+        names, group = np.unique(self._groups[rows], return_inverse=True)
+        return rows[np.argsort(permutation(len(names), key)[group], kind="stable")]
 
     def _key(self, *parts: object) -> int:
         return _key(self._fingerprint, self._seed, *parts)
@@ -100,12 +110,24 @@ class MixtureOrder:
     """
 
     def __init__(
-        self, sources: Sequence[Source], kept: np.ndarray, seed: int, window_shards: int | None = None
+        self,
+        sources: Sequence[Source],
+        kept: np.ndarray,
+        seed: int,
+        window_shards: int | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         starts = np.concatenate([[0], np.cumsum([source.samples for source in sources])]).astype(np.int64)
         self._starts = starts[:-1]
         self._orders = [
-            EpochOrder(source.fingerprint, source.shard_sizes, kept[first:last], seed, window_shards)
+            EpochOrder(
+                source.fingerprint,
+                source.shard_sizes,
+                kept[first:last],
+                seed,
+                window_shards,
+                None if groups is None else groups[first:last],
+            )
             for source, first, last in zip(sources, starts[:-1], starts[1:], strict=True)
         ]
         empty = [number for number, order in enumerate(self._orders) if not order.num_rows]

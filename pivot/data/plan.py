@@ -9,7 +9,6 @@ two.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,20 +18,13 @@ import numpy as np
 
 from pivot.batch import REJECTED
 from pivot.counts import StepCounts
+from pivot.data.dealing import cut, deal
 from pivot.data.lengths import Lengths
 from pivot.data.order import ORDER_VERSION, EpochOrder, MixtureOrder, Source
+from pivot.data.units import Costs, Work
 
 STATE_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a unit costs, in any one unit of work (FLOPs serve well); it balances ranks and decides nothing else."""
-
-    per_token: float = 1.0  # language model, a token of the row
-    per_image_token: float = 0.0  # encoder and projector, an image token
-    per_target: float = 0.0  # head, a token that is scored
-    per_attention: float = 0.0  # a query attending to a key
+PLAIN_COSTS = Costs()  # a token is a token
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,9 @@ class StepPlan:
     micro_batches: list[list[list[int]]]  # [rank][micro-batch] -> rows; an empty list is a weight-0 dummy
     counts: StepCounts  # planned, over all ranks
     balance: float  # mean over maximum of the ranks' costs; 1 is perfect
+    cost: float  # over all ranks, in the unit of `Costs`
+    num_tokens: int  # of all rows
+    num_units: int  # trees, over all ranks
 
     @property
     def num_micro_batches(self) -> int:
@@ -55,9 +50,11 @@ class Plan:
     """The steps of a run over one data set, or over a `mixture` of the sets that it joins.
 
     `excluded` is bool[rows]: what an exclude list names. `limit` ends the stream after that many positions, for
-    evaluation and for visiting each pair once; the last step may then hold fewer pairs. `describe` names a row in
-    messages. Raises ValueError when nothing is kept, when `roles` asks for completions that samples lack, and when the
-    longest kept pair is over the micro-batch budget.
+    evaluation and for visiting each pair once; the last step may then hold fewer pairs. With `image_trees` the pairs of
+    one image follow each other in the order and share a row's image. `describe` names a row in messages.
+
+    Raises ValueError when nothing is kept, when `roles` asks for completions that samples lack, and when the longest
+    kept pair is over the micro-batch budget.
     """
 
     def __init__(
@@ -72,15 +69,16 @@ class Plan:
         max_tokens_per_micro_batch: int,
         world_size: int,
         roles: tuple[str, ...],
-        costs: Costs = Costs(),
+        costs: Costs = PLAIN_COSTS,
         window_shards: int | None = None,
         mixture: Sequence[Source] | None = None,
         excluded: np.ndarray | None = None,
         limit: int | None = None,
+        image_trees: bool = False,
         describe: Callable[[int], str] = "row {}".format,
     ) -> None:
         assert sum(shard_sizes) == len(lengths), "lengths of another data set"
-        self.lengths, self.seed, self.roles, self.limit = lengths, seed, roles, limit
+        self.lengths, self.seed, self.roles, self.limit, self.image_trees = lengths, seed, roles, limit, image_trees
         self.global_batch_size, self.world_size = global_batch_size, world_size
         self._budget = max_tokens_per_micro_batch
         self.kept, self.exclusions = _exclude(lengths, max_tokens, excluded)  # bool[rows], reason -> count
@@ -92,6 +90,8 @@ class Plan:
             "window_shards": window_shards,
             "order_version": ORDER_VERSION,
         }
+        if image_trees:
+            self.parts["data.image_trees"] = True
         if mixture:
             self.parts["mixture"] = [source.facts() for source in mixture]
         if excluded is not None and excluded.any():
@@ -101,15 +101,15 @@ class Plan:
         if REJECTED in roles and not lengths.rejected[self.kept].all():
             row = int(np.flatnonzero(self.kept & (lengths.rejected == 0))[0])
             raise ValueError(f"{describe(row)} has no rejected completion; a preference objective needs pairs")
-        self._row_tokens = lengths.prompt + lengths.completion_tokens(roles)
+        self._groups = lengths.image_groups() if image_trees else None
+        self._work = Work(lengths, roles, costs, self._groups)
         self._check_budget(describe)
-        self._costs = _unit_costs(lengths, roles, costs)
         self._order: EpochOrder | MixtureOrder
         if mixture:
             assert sum(source.samples for source in mixture) == len(lengths), "lengths of another mixture"
-            self._order = MixtureOrder(mixture, self.kept, seed, window_shards)
+            self._order = MixtureOrder(mixture, self.kept, seed, window_shards, self._groups)
         else:
-            self._order = EpochOrder(fingerprint, shard_sizes, self.kept, seed, window_shards)
+            self._order = EpochOrder(fingerprint, shard_sizes, self.kept, seed, window_shards, self._groups)
         self.num_pairs = self._order.num_rows  # of one epoch; a mixture may repeat rows or leave some for the next
 
     @property
@@ -135,20 +135,26 @@ class Plan:
     def step(self, step: int) -> StepPlan:
         """The step dealt to ranks by cost and cut into micro-batches, equally many on every rank."""
         ids = self.step_ids(step)
-        costs, tokens = self._costs[ids].tolist(), self._row_tokens[ids].tolist()
+        units = self._work.units(ids, max_tokens=self._budget, num_shares=self.world_size)
+        costs, tokens = [unit.cost for unit in units], [unit.tokens for unit in units]
         shares = deal(costs, self.world_size)
         rows = cut(shares, costs, tokens, self._budget)
         loads = [sum(costs[unit] for row in rank for unit in row) for rank in rows]
         return StepPlan(
             step=step,
             ids=ids,
-            micro_batches=[[[int(ids[unit]) for unit in row] for row in rank] for rank in rows],
+            micro_batches=[
+                [[int(ids[place]) for unit in row for place in units[unit].places] for row in rank] for rank in rows
+            ],
             counts=StepCounts(
                 pair=len(ids),
                 chosen_token=int(self.lengths.chosen[ids].sum()),
                 target_token=int(self.lengths.completion_tokens(self.roles)[ids].sum()),
             ),
             balance=sum(loads) / (len(loads) * max(loads)) if max(loads) > 0 else 1.0,
+            cost=sum(loads),
+            num_tokens=sum(tokens),
+            num_units=len(units),
         )
 
     def state(self, steps: int, masked: int) -> dict[str, Any]:
@@ -180,103 +186,13 @@ class Plan:
         return int(state["steps"])
 
     def _check_budget(self, describe: Callable[[int], str]) -> None:
-        longest = int(np.argmax(np.where(self.kept, self._row_tokens, 0)))
-        tokens = int(self._row_tokens[longest])
+        longest = int(np.argmax(np.where(self.kept, self._work.tokens, 0)))
+        tokens = int(self._work.tokens[longest])
         if tokens > self._budget:
             raise ValueError(
                 f"train.max_tokens_per_micro_batch is {self._budget}, but the longest pair, {describe(longest)}, "
                 f"needs {tokens} tokens; raise it to {tokens}, or lower data.max_tokens to exclude such pairs"
             )
-
-
-def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Units (indices into `costs`) per share: the costliest first, each to the least loaded share."""
-    shares: list[list[int]] = [[] for _ in range(num_shares)]
-    loads = [(0.0, share) for share in range(num_shares)]
-    for unit in _costliest_first(range(len(costs)), costs):
-        load, share = heapq.heappop(loads)
-        shares[share].append(unit)
-        heapq.heappush(loads, (load + costs[unit], share))
-    return shares
-
-
-def cut(shares: list[list[int]], costs: Sequence[float], tokens: Sequence[int], budget: int) -> list[list[list[int]]]:
-    """[share][row] -> units: every share cut into the same, smallest number of rows within `budget` tokens.
-
-    No row is empty as long as there are as many units as rows. Rows of a share lie in falling order of cost: under
-    ZeRO-3 the ranks wait for each other at every micro-batch, so equals should meet.
-    """
-    num_rows = max(1, max(-(-sum(tokens[unit] for unit in share) // budget) for share in shares))
-    while True:
-        evened = _give_each(shares, costs, num_rows)
-        rows = [_fill_rows(share, costs, tokens, budget, num_rows) for share in evened]
-        fitting = [share_rows for share_rows in rows if share_rows is not None]
-        if len(fitting) == len(shares):
-            return fitting
-        num_rows += 1  # ends: with a row for each unit everything fits
-
-
-def best_fit_decreasing(units: Sequence[int], tokens: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows of at most `budget` tokens: the longest unit first, each into the fullest row that has room."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for unit in sorted(units, key=lambda unit: (-tokens[unit], unit)):
-        fits = [row for row in range(len(rows)) if room[row] >= tokens[unit]]
-        row = min(fits, key=lambda row: room[row], default=len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(budget)
-        rows[row].append(unit)
-        room[row] -= tokens[unit]
-    return rows
-
-
-def _give_each(shares: list[list[int]], costs: Sequence[float], least: int) -> list[list[int]]:
-    """The same shares, where those with under `least` units got the cheapest of those with more, if there are any."""
-    shares = [list(share) for share in shares]
-    for poor in shares:
-        while len(poor) < least:
-            rich = max(shares, key=len)
-            if len(rich) <= least:
-                break
-            poor.append(rich.pop(rich.index(min(rich, key=lambda unit: (costs[unit], unit)))))
-    return shares
-
-
-def _fill_rows(
-    units: list[int], costs: Sequence[float], tokens: Sequence[int], budget: int, num_rows: int
-) -> list[list[int]] | None:
-    """The units in exactly `num_rows` rows, or None when they do not fit."""
-    rows = _spread(units, costs, tokens, budget, num_rows)
-    if rows is None:  # too tight to be even
-        rows = best_fit_decreasing(units, tokens, budget)
-        if len(rows) > num_rows:
-            return None
-        while len(rows) < num_rows and max(map(len, rows), default=0) > 1:
-            rows.append([max(rows, key=len).pop()])
-        rows += [[] for _ in range(num_rows - len(rows))]
-    return sorted(rows, key=lambda row: -sum(costs[unit] for unit in row))
-
-
-def _spread(
-    units: list[int], costs: Sequence[float], tokens: Sequence[int], budget: int, num_rows: int
-) -> list[list[int]] | None:
-    """Rows of even cost, the costliest unit first into the least loaded row with room; None when one has none."""
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    loads, room = [0.0] * num_rows, [budget] * num_rows
-    for unit in _costliest_first(units, costs):
-        fits = [row for row in range(num_rows) if room[row] >= tokens[unit]]
-        if not fits:
-            return None
-        row = min(fits, key=lambda row: (loads[row], len(rows[row]), row))
-        rows[row].append(unit)
-        loads[row] += costs[unit]
-        room[row] -= tokens[unit]
-    return rows
-
-
-def _costliest_first(units: Sequence[int], costs: Sequence[float]) -> list[int]:
-    return sorted(units, key=lambda unit: (-costs[unit], unit))
 
 
 def _exclude(lengths: Lengths, max_tokens: int, excluded: np.ndarray | None) -> tuple[np.ndarray, dict[str, int]]:
@@ -299,19 +215,3 @@ def _exclude(lengths: Lengths, max_tokens: int, excluded: np.ndarray | None) -> 
             exclusions[reason] = count
         kept &= ~hit
     return kept, exclusions
-
-
-def _unit_costs(lengths: Lengths, roles: tuple[str, ...], costs: Costs) -> np.ndarray:
-    """float64[rows]: each sample's work; a completion attends to the prompt and, causally, to itself."""
-    tokens = lengths.prompt + lengths.completion_tokens(roles)
-    attention = lengths.prompt * (lengths.prompt + 1) / 2
-    for role in roles:
-        length = getattr(lengths, role)
-        attention = attention + length * (length + 1) / 2 + length * lengths.prompt
-    targets = lengths.completion_tokens(roles)
-    return (
-        costs.per_token * tokens
-        + costs.per_target * targets
-        + costs.per_image_token * lengths.image
-        + costs.per_attention * attention
-    )

@@ -12,8 +12,11 @@ The image parts of the prompt name the images 0, 1, ... in this order, each once
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 from pivot.batch import CHOSEN, REJECTED
@@ -65,6 +68,33 @@ def check_sample(sample: Any) -> None:
     for role in ROLES_OF_KIND[kind]:
         if image_parts(sample[role]):
             raise ValueError(f"field {role} holds an image part; only the prompt may")
+
+
+def sample_shape(extensions: Iterable[str], sample: Sample) -> str:
+    """What the samples of one shard have in common: `json+jpg/9f31c2d4`, members and a hash over the JSON's types.
+
+    `datasets` takes both from the first five samples of a tar and refuses one that follows with others: a second
+    image, or an answer where those had none.
+    """
+    types = json.dumps(_type_of(sample), sort_keys=True)
+    return f"{'+'.join(extensions)}/{hashlib.sha256(types.encode()).hexdigest()[:8]}"
+
+
+def _type_of(value: Any) -> Any:
+    """The type that Arrow infers: objects in a list are one type with the fields of all of them."""
+    if isinstance(value, dict):
+        return {name: _type_of(field) for name, field in value.items()}
+    if isinstance(value, list):
+        return [reduce(_unite, map(_type_of, value), None)]
+    return None if value is None else type(value).__name__
+
+
+def _unite(one: Any, other: Any) -> Any:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {name: _unite(one.get(name), other.get(name)) for name in {**one, **other}}
+    if isinstance(one, list) and isinstance(other, list):
+        return [_unite(one[0], other[0])]
+    return other if one is None else one
 
 
 def image_parts(messages: list[dict]) -> list[dict]:

@@ -9,7 +9,6 @@ A folder may also be a URL (s3://, gs://, hf://, https://): its index is fetched
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -31,6 +30,7 @@ from pivot.data.samples import KEY_PATTERN, Sample, parse_sample
 MANIFEST_VERSION = 1
 BLOCK = 512  # of a tar
 OPENING_THREADS = 8
+OPENING_BATCH = 16  # indexes that a thread takes at a time
 MAX_OPEN_FILES = 128  # per process; the usual limit is 1024 and a set may hold 10,000 shards
 SHARD_NAME = re.compile(r"[0-9A-Za-z_-]{1,80}")
 
@@ -68,6 +68,7 @@ class Shard:
     bytes: int
     sha256: str
     idx_sha256: str
+    shape: str = ""  # of every sample in it, by samples.sample_shape; '' where they differ, or nobody looked
 
 
 def key_hash(key: str) -> int:
@@ -148,7 +149,7 @@ class ShardSet:
                 f"({found[:12]}); the file was edited or mixed up: copy the data set again or pack it again"
             )
         part = Part(folder, manifest["name"], manifest["fingerprint"], manifest, shards)
-        return cls((part,), _read_indexes(part, cache), cache)
+        return cls((part,), _read_indexes(part, cache), cache if is_remote(folder) else None)
 
     @classmethod
     def join(cls, sets: list[ShardSet]) -> ShardSet:
@@ -159,7 +160,8 @@ class ShardSet:
         for place, part in enumerate(parts):
             if part.fingerprint in {other.fingerprint for other in parts[:place]}:
                 raise ValueError(f"{part.folder} occurs twice; name it once, with repeat or weight")
-        return cls(parts, np.concatenate([one.index for one in sets]), next((one._cache for one in sets), None))
+        caches = [one._cache for one in sets if one._cache is not None]
+        return cls(parts, np.concatenate([one.index for one in sets]), caches[0] if caches else None)
 
     @property
     def folder(self) -> Path:
@@ -188,14 +190,20 @@ class ShardSet:
         """The cap of what is kept of remote parts."""
         return None if self._cache is None else self._cache.max_bytes
 
-    def check_cache(self) -> None:
-        """Raise ValueError unless two windows of every remote part fit under the cap: one read, one fetched ahead."""
+    def check_cache(self, *, whole: bool = False) -> None:
+        """Raise ValueError unless two windows of every remote part fit under the cap: one read, one fetched ahead.
+
+        With `whole` all of it must: a set whose order has no windows.
+        """
+        last = None if whole else 2 * WINDOW_SHARDS
         remote = [part for part in self.parts if is_remote(part.folder)]
-        needed = sum(sum(sorted(shard.bytes for shard in part.shards)[-2 * WINDOW_SHARDS :]) for part in remote)
+        needed = sum(sum(sorted((shard.bytes for shard in part.shards), reverse=True)[:last]) for part in remote)
         if self._cache is not None and needed > self._cache.max_bytes:
+            what = f"all of {self.name}" if whole else f"two windows of {WINDOW_SHARDS} shards"
+            mend = "sample a part of the set" if whole else "reshard the set into smaller shards"
             raise ValueError(
-                f"data.shard_cache_gb: {self._cache.max_bytes / 1e9:g} GB, but two windows of {WINDOW_SHARDS} shards "
-                f"need {needed / 1e9:.3g}; raise it, or reshard the set into smaller shards"
+                f"data.shard_cache_gb: {self._cache.max_bytes / 1e9:g} GB, but {what} need {needed / 1e9:.3g}; raise "
+                f"it, or {mend}"
             )
 
     def __len__(self) -> int:
@@ -332,12 +340,12 @@ def _read_manifest_text(folder: str, path: str, cache: ShardCache | None) -> byt
 
 
 def _allocate(samples: int) -> np.ndarray:
-    """INDEX_RECORD[samples] in huge pages where there are such: the first touch of 640 MB takes 1.2 s in small ones,
-    0.06 s in these."""
+    """INDEX_RECORD[samples] in small pages, which the readers touch side by side: 0.3 s of processor time for 640 MB.
+
+    numpy would ask for huge ones. Where memory is in use, as by the files read before, the kernel first moves it about
+    to make some: 0.6 to 1.3 s.
+    """
     block = mmap.mmap(-1, max(1, samples) * INDEX_RECORD.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            block.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(block, dtype=INDEX_RECORD, count=samples)
 
 
@@ -347,16 +355,19 @@ def _read_indexes(part: Part, cache: ShardCache | None) -> np.ndarray:
     By threads, since reading and hashing leave the interpreter free, and opening files over a network is slow.
     """
     index = _allocate(part.samples)
-    ends = np.cumsum([shard.samples for shard in part.shards])
+    block = index.view(np.uint8).data
+    ends = np.cumsum([shard.samples for shard in part.shards]) * INDEX_RECORD.itemsize
     local = not is_remote(part.folder)
 
-    def read(shard: Shard, end: int) -> None:
-        if local:
-            _check_shard(part.folder, shard)
-        _read_index(part.folder, shard, cache, index[end - shard.samples : end])
+    def read(first: int) -> None:
+        for number in range(first, min(first + OPENING_BATCH, len(part.shards))):
+            shard, end = part.shards[number], int(ends[number])
+            if local:
+                _check_shard(part.folder, shard)
+            _read_index(part.folder, shard, cache, block[end - shard.samples * INDEX_RECORD.itemsize : end])
 
     with ThreadPoolExecutor(OPENING_THREADS) as pool:
-        for _ in pool.map(read, part.shards, ends.tolist()):
+        for _ in pool.map(read, range(0, len(part.shards), OPENING_BATCH)):
             pass  # in the manifest's order, so that of several errors the first is raised
     return index
 
@@ -371,20 +382,23 @@ def _check_shard(folder: str, shard: Shard) -> None:
         raise ValueError(f"{path} holds {found} bytes, manifest.json says {shard.bytes}; the copy is cut: repeat it")
 
 
-def _read_index(folder: str, shard: Shard, cache: ShardCache | None, records: np.ndarray) -> None:
+def _read_index(folder: str, shard: Shard, cache: ShardCache | None, block: memoryview) -> None:
     if is_remote(folder):
         assert cache is not None
-        path = cache.fetch(join_url(folder, "index", f"{shard.name}.idx"), sha256=shard.idx_sha256)
+        path = str(cache.fetch(join_url(folder, "index", f"{shard.name}.idx"), sha256=shard.idx_sha256))
     else:
-        path = Path(f"{folder}/index/{shard.name}.idx")
+        path = f"{folder}/index/{shard.name}.idx"
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != records.nbytes or file.readinto(records.view(np.uint8).data) != size:
-                raise ValueError(
-                    f"{path} holds {size} bytes, expected 64 for each of {shard.samples} samples; copy it again"
-                )
+        file = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing, though manifest.json lists its shard; copy the data set again") from error
-    if hashlib.sha256(records.view(np.uint8).data).hexdigest() != shard.idx_sha256:
+    try:
+        size = os.fstat(file).st_size
+        if size != len(block) or os.readv(file, [block]) != size:
+            raise ValueError(
+                f"{path} holds {size} bytes, expected 64 for each of {shard.samples} samples; copy it again"
+            )
+    finally:
+        os.close(file)
+    if hashlib.sha256(block).hexdigest() != shard.idx_sha256:
         raise ValueError(f"{path}: sha256 differs from manifest.json; the index is damaged: copy the data set again")

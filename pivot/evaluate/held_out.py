@@ -14,6 +14,7 @@ from pivot import distributed
 from pivot.batch import CHOSEN, REJECTED
 from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.plan import Plan
+from pivot.data.remote import ShardCache
 from pivot.data.samples import Sample, message_text
 from pivot.data.shards import ShardSet
 from pivot.distributed import World
@@ -81,12 +82,15 @@ def open_held_out(
     max_tokens: int,
     max_tokens_per_micro_batch: int,
     say: Callable[[str], None],
+    shard_cache: ShardCache | None = None,
 ) -> HeldOut:
     """The first `num_samples` of the set in its fixed order. Collective. Raises ValueError when it lacks `roles`.
 
-    Both completions are scored wherever the set has both, whatever the objective learns from.
+    Both completions are scored wherever the set has both, whatever the objective learns from. The order of a remote set
+    is that of its local copy, so its shards stay in `shard_cache` (`fetched` in `cache_dir`) until all were read.
     """
-    shards = ShardSet.open(path)
+    shards = ShardSet.open(path, shard_cache or ShardCache(cache_dir / "fetched"))
+    shards.check_cache(whole=True)
     with distributed.shared_failure("counting tokens"):
         if world.is_main:
             build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"))

@@ -76,6 +76,29 @@ def make_rows(count: int) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     return rows, images
 
 
+def mixed_rows(count: int) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Pairs with a PNG, a JPEG, two pictures or none, some with an answer, some without words: seven shapes."""
+    rows: list[dict[str, Any]] = []
+    images: dict[str, bytes] = {}
+    for i in range(count):
+        names = [[f"{i}.png"], [f"{i}.jpg"], [], [f"{i}.jpg", f"{i}.png"], [f"{i}.jpg"], [f"{i}.png", f"{i}.jpg"]][
+            i % 6
+        ]
+        images |= {name: image_bytes(i, "PNG" if name.endswith("png") else "JPEG") for name in names}
+        row = {"id": f"r{i}", "prompt": f"What {i}?", "chosen": f"A{i}", "rejected": f"B{i}", "image": names}
+        if i % 6 == 1 and i > 30:
+            row["answer"] = "yes"  # only behind the five samples that `datasets` looks at
+        if i % 6 == 4 and i < 30:
+            row["prompt"] = "<image>"
+        rows.append(row)
+    return rows, images
+
+
+def row_of(shards: ShardSet, number: int) -> int:
+    """Where pair `number` of make_rows lies: those with a picture are in other shards than those without."""
+    return next(row for row in range(len(shards)) if shards.read_text(row)["id"] == f"source/r{number}")
+
+
 def make_set(folder: Path, count: int = 24, samples_per_shard: int = 5) -> ShardSet:
     """A packed data set of `count` pairs."""
     rows, images = make_rows(count)

@@ -26,6 +26,8 @@ def test_counts_are_those_of_the_processor(packed, tmp_path):
         assert lengths.image[row] == 4 * len(files)
         assert lengths.chosen[row] == len(sample["chosen"][0]["content"]) + 1
         assert lengths.rejected[row] == len(sample["rejected"][0]["content"]) + 1
+        assert lengths.image_prefix[row] == 4 * len(files)
+        assert (lengths.image_prefix_hash[row] != 0) == bool(files)
     assert not lengths.same.any()
     np.testing.assert_array_equal(lengths.completion_tokens(("chosen", "rejected")), lengths.chosen + lengths.rejected)
 
@@ -33,7 +35,7 @@ def test_counts_are_those_of_the_processor(packed, tmp_path):
 def test_only_missing_files_are_built_and_another_processor_has_its_own(packed, tmp_path):
     build_lengths(packed, FakeProcessor(), tmp_path)
     files = sorted(tmp_path.rglob("*.npy"))
-    assert len(files) == 5 and not list(tmp_path.rglob("*.part"))
+    assert len(files) == 6 and not list(tmp_path.rglob("*.part"))
     before = os.stat(files[0]).st_mtime_ns
     files[1].unlink()
     assert build_lengths(packed, FakeProcessor(), tmp_path) == 5

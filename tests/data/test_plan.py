@@ -5,8 +5,9 @@ import hashlib
 import numpy as np
 import pytest
 
+from pivot.data.dealing import best_fit_decreasing, cut, deal
 from pivot.data.order import EpochOrder, permutation
-from pivot.data.plan import Costs, best_fit_decreasing, cut, deal
+from pivot.data.units import Costs
 from tests.data.fakes import plan_of, random_lengths
 
 

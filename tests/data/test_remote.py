@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
+import torch
 
 from pivot.data import remote
 from pivot.data.ahead import FetchAhead
@@ -17,6 +18,8 @@ from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.loader import Loader
 from pivot.data.remote import ShardCache, is_remote, join_url, shown
 from pivot.data.shards import DamagedSample, ShardSet
+from pivot.distributed import World
+from pivot.evaluate.held_out import open_held_out
 from tests.data.fakes import FakeProcessor, make_plan, make_set
 from tests.data.test_loader import assert_equal_batches, take
 
@@ -255,3 +258,34 @@ def test_a_cap_below_two_windows_is_refused(uploaded, tmp_path):
     with pytest.raises(ValueError, match="data.shard_cache_gb: 1e-05 GB, but two windows of 8 shards need"):
         ShardSet.open(URL, ShardCache(tmp_path, max_bytes=10_000)).check_cache()
     ShardSet.open(URL, ShardCache(tmp_path)).check_cache()
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_held_out_set_may_be_remote(packed, uploaded, tmp_path):
+    """It holds the same samples in the same order as its local copy, and is refused where it would not stay."""
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+
+    def opened(path, cache=None):
+        return open_held_out(
+            path, FakeProcessor(), world, roles=("chosen", "rejected"), cache_dir=tmp_path / "side", num_samples=9,
+            max_tokens=100, max_tokens_per_micro_batch=200, say=print, shard_cache=cache
+        )  # fmt: skip
+
+    near, far = opened(packed.folder), opened(URL, ShardCache(tmp_path / "cache"))
+    assert list(near.groups) == list(far.groups) and len(near.groups) == 9
+    for left, right in zip(take(Loader(near.shards, near.plan, FakeProcessor()), 1),
+                           take(Loader(far.shards, far.plan, FakeProcessor()), 1), strict=True):  # fmt: skip
+        for one, other in zip(left, right, strict=True):
+            assert_equal_batches(one, other)
+    assert list((tmp_path / "cache").rglob("*.tar"))
+    opened(URL)
+    assert list((tmp_path / "side" / "fetched").rglob("*.tar"))
+    with pytest.raises(ValueError, match=r"data.shard_cache_gb: 1e-05 GB, but all of tiny need"):
+        opened(URL, ShardCache(tmp_path / "small", max_bytes=10_000))

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 
-from pivot.data.samples import check_sample, completions_of, dump_sample, image_parts, message_text, parse_sample
+from pivot.data.samples import (
+    check_sample,
+    completions_of,
+    dump_sample,
+    image_parts,
+    message_text,
+    parse_sample,
+    sample_shape,
+)
 
 SAMPLE = {
     "v": 1,
@@ -62,3 +70,29 @@ def test_each_breach_names_its_field(path, value, message):
 def test_text_that_is_not_json_is_an_error():
     with pytest.raises(ValueError, match="cannot be read"):
         parse_sample(b'{"v": 1')
+
+
+def test_the_shape_of_a_sample_is_what_arrow_would_infer():
+    """Objects in a list are united, whatever their order; nothing else is: an answer, a second image, other members."""
+
+    def sample(*parts, **fields):
+        return {"prompt": [{"role": "user", "content": list(parts)}], "answer": None, "images": [], **fields}
+
+    text, image = {"type": "text", "text": "a"}, {"type": "image", "image": 0}
+    plain = sample_shape(["json", "jpg"], sample(image, text))
+    assert plain.startswith("json+jpg/") and len(plain) == len("json+jpg/") + 8
+    same = [
+        sample(text, image, text),
+        {**sample(image, text), "prompt": sample(image)["prompt"] + sample(text)["prompt"]},
+    ]
+    assert {sample_shape(["json", "jpg"], one) for one in same} == {plain}
+    others = [
+        sample_shape(["json", "png"], sample(image, text)),
+        sample_shape(["json", "jpg"], sample(text)),
+        sample_shape(["json", "jpg"], sample(image, text, answer="yes")),
+        sample_shape(["json", "jpg"], sample(image, text, answer=1)),
+        sample_shape(["json", "jpg"], sample(image, text, answer=1.0)),
+        sample_shape(["json", "jpg"], sample(image, text, images=[{"member": "jpg"}])),
+        sample_shape(["json", "jpg"], sample(image, text, meta={"type": "count"})),
+    ]
+    assert len({plain, *others}) == len(others) + 1

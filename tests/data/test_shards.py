@@ -11,10 +11,11 @@ import tarfile
 import pytest
 import webdataset
 
+from data_tools.__main__ import main
 from data_tools.pack import PackOptions, pack
 from pivot.data import shards as shards_module
 from pivot.data.shards import BLOCK, DamagedSample, ShardSet, walk_members
-from tests.data.fakes import image_bytes, make_rows, make_set, write_rows
+from tests.data.fakes import make_rows, make_set, mixed_rows, row_of, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,12 @@ def folder(packed, tmp_path):
 
 def test_every_row_reads_back(packed):
     rows, images = make_rows(24)
-    assert len(packed) == 24 and packed.shard_sizes == (5, 5, 5, 5, 4)
+    assert len(packed) == 24 and packed.shard_sizes == (5, 5, 5, 5, 1, 3)
     for number, row in enumerate(rows):
-        sample, files = packed.read(number)
-        assert sample["id"] == f"source/{row['id']}"
+        place = row_of(packed, number)
+        sample, files = packed.read(place)
         assert sample["chosen"][0]["content"] == row["chosen"]
-        assert sample == packed.read_text(number)
+        assert sample == packed.read_text(place)
         assert files == ([images[row["image"]]] if "image" in row else [])
 
 
@@ -67,27 +68,48 @@ def test_shards_open_in_tarfile_and_webdataset_unchanged(packed):
     assert row == len(packed) - 1
 
 
-def test_shards_open_in_datasets_unchanged(tmp_path):
-    """`datasets` asks that the first samples have members of the same types: here all have one picture."""
-    datasets = pytest.importorskip("datasets")
-    rows = [{"prompt": f"{i}?", "chosen": "A", "rejected": "B", "image": f"{i}.png"} for i in range(12)]
-    source = write_rows(tmp_path / "in", rows, {f"{i}.png": image_bytes(i) for i in range(12)})
-    pack(PackOptions(source=source, out=tmp_path / "set", samples_per_shard=5))
-    opened = ShardSet.open(tmp_path / "set")
-    urls = [str(opened.fetch(number)) for number in range(3)]
-    found = datasets.load_dataset("webdataset", data_files=urls, split="train", streaming=True).decode(False)
-    for number, row in enumerate(found):
-        sample, files = opened.read(number)
-        assert row["json"]["id"] == sample["id"] and row["json"]["chosen"] == sample["chosen"]
-        assert [row["png"]["bytes"]] == files
-    assert number == 11
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("made_by", ["pack", "reshard", "split", "sample"])
+def test_every_shard_opens_in_datasets_unchanged(tmp_path, made_by, streaming):
+    """`datasets` asks that all samples of a tar have members of the same names, and JSON of the same types."""
+    import datasets  # a second, so not for the other tests
+
+    rows, images = mixed_rows(60)
+    pack(PackOptions(source=write_rows(tmp_path / "in", rows, images), out=tmp_path / "pack", samples_per_shard=8))
+    commands = {"split": ["--eval", "0.4"], "sample": ["--num", "50"], "reshard": ["--shuffle"]}
+    if made_by != "pack":
+        options = [str(tmp_path / "pack"), *commands[made_by], "--out", str(tmp_path / made_by), "-q"]
+        assert main([made_by, *options]) == 0
+    opened = ShardSet.open(tmp_path / ("split/train" if made_by == "split" else made_by))
+    assert len({shard.shape for shard in opened.shards}) == 7
+    row = 0
+    for number in range(len(opened.shards)):
+        url = str(opened.fetch(number))
+        found = datasets.load_dataset(
+            "webdataset", data_files=url, split="train", streaming=streaming, cache_dir=str(tmp_path / "cache")
+        )
+        raw = iter(webdataset.WebDataset(url, shardshuffle=False))
+        for decoded in found.decode(False) if streaming else found:
+            sample, files = opened.read(row)
+            plain = next(raw)
+            assert json.loads(plain["json"]) == sample
+            assert decoded["json"]["id"] == sample["id"] and decoded["json"]["answer"] == sample["answer"]
+            assert decoded["json"]["chosen"] == sample["chosen"]
+            assert [plain[image["member"]] for image in sample["images"]] == files
+            for image, data in zip(sample["images"], files, strict=True):
+                seen = decoded[image["member"]]
+                assert seen["bytes"] == data if streaming else seen.size == (12, 10)
+            row += 1
+        assert next(raw, None) is None
+        subprocess.run(["tar", "tf", url], check=True, capture_output=True)
+    assert row == len(opened) >= 36
 
 
 def test_tar_lists_shards(packed):
     names = subprocess.run(
         ["tar", "tf", packed.folder / "shards" / "tiny-000000.tar"], check=True, capture_output=True, text=True
     ).stdout.split()
-    assert len(names) == 5 + 3 and names[0].endswith(".json")  # five samples, three of them with a picture
+    assert len(names) == 5 and all(name.endswith(".json") for name in names)  # of pairs without a picture
 
 
 def test_no_manifest(folder, tmp_path):
@@ -147,7 +169,7 @@ def test_a_flipped_bit_is_found_in_its_sample_only(folder):
 
 def test_a_shard_cut_after_open_is_found(folder):
     opened = ShardSet.open(folder)
-    os.truncate(folder / "shards" / "tiny-000004.tar", 600)
+    os.truncate(folder / "shards" / "tiny-000005.tar", 600)
     with pytest.raises(DamagedSample, match="the shard is cut"):
         opened.read(21)
 

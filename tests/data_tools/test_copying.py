@@ -9,8 +9,10 @@ import pytest
 from data_tools.__main__ import main
 from data_tools.copying import Choice, copy_samples, cut_rows
 from data_tools.draw import Filters, draw
+from data_tools.journal import Journal
 from data_tools.pack import PackOptions, pack
 from data_tools.where import parse_where
+from data_tools.writer import ShardWriter
 from pivot.data.shards import ShardSet
 from tests.data.fakes import image_bytes, make_rows, make_set, write_rows
 from tests.data_tools.test_pack import contents
@@ -99,8 +101,10 @@ def test_reshard_keeps_bytes_and_joins_sets(packed, tmp_path, capsys):
         capsys, "reshard", packed.folder, tmp_path / "more", "--samples-per-shard", 7, "--out", tmp_path / "both"
     )
     assert (found["samples"], found["shards"]) == (46, 7)
-    both = samples_of(tmp_path / "both")
-    assert both == [*samples_of(packed.folder), *samples_of(tmp_path / "more")]
+    both, parts = samples_of(tmp_path / "both"), [*samples_of(packed.folder), *samples_of(tmp_path / "more")]
+    for with_picture in (True, False):  # each in its shards, in the order that they had
+        kept = [[pair for pair in pairs if bool(pair[1]) == with_picture] for pairs in (both, parts)]
+        assert kept[0] == kept[1]
     assert main(["validate", str(tmp_path / "both"), "-q"]) == 0
     manifest = ShardSet.open(tmp_path / "both").manifest
     assert manifest["sources"]["source"]["samples"] == 46 and manifest["name"] == "tiny"
@@ -220,3 +224,25 @@ def test_pivots_draw_as_a_preset(tmp_path, capsys):
     assert found["draw"]["seed"] == 777 and found["draw"]["preset"] == "pivot-20k"
     chosen = {len(sample["chosen"][0]["content"]) for sample, _ in samples_of(tmp_path / "out")}
     assert chosen == {1, 1495}
+
+
+def test_a_shard_that_mixes_shapes_is_found_and_resharded(packed, tmp_path, capsys):
+    """As packs before shapes wrote them: what a sample's shape is then stands in the sample alone."""
+    out, rows = tmp_path / "old", np.random.default_rng(0).permutation(40)
+    with Journal(out, {}) as journal:
+        writer = ShardWriter(out, "old-000000")
+        for row in rows.tolist():
+            writer.add_raw(packed.read_span(row), packed.index[row], packed.shards[packed.locate(row)[0]].shape)
+        shard = writer.close()
+        assert shard.shape == ""
+        journal.finish([shard], name="old", kind="preference", sources={})
+    assert main(["validate", str(out)]) == 1
+    assert "old-000000.tar mixes samples of 2 shapes, so `datasets` does not open it" in capsys.readouterr().err
+    assert run(capsys, "info", out)["shapes"] == [{"members": "mixed", "samples": 40, "shards": ["old-000000"]}]
+    run(capsys, "reshard", out, "--out", tmp_path / "new")
+    assert main(["validate", str(tmp_path / "new"), "-q"]) == 0
+    shapes = run(capsys, "info", tmp_path / "new")["shapes"]
+    assert {shape["members"]: shape["samples"] for shape in shapes} == {"json": 10, "json+png": 30}
+    assert len(run(capsys, "info", packed.folder)["shapes"]) == 2
+    new = ShardSet.open(tmp_path / "new")
+    assert {shard.shape for shard in new.shards} == {shard.shape for shard in packed.shards}

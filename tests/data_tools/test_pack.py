@@ -1,15 +1,24 @@
 """Laws of pack: the output depends on the input alone, an interrupted pack goes on, drops are counted and limited."""
 
+import io
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from data_tools import filling as filling_module
 from data_tools import pack as pack_module
 from data_tools.__main__ import main
+from data_tools.convert import shrink
 from data_tools.pack import PackOptions, pack
+from data_tools.shuffle import pack_shuffled
+from pivot.data.images import decode_rgb
 from pivot.data.shards import INDEX_RECORD, ShardSet
-from tests.data.fakes import image_bytes, make_rows, make_set, write_rows
+from tests.data.fakes import image_bytes, make_rows, make_set, mixed_rows, row_of, write_rows
+from tests.data.test_images import save, smooth
 from tests.data.test_shards import flip_bit
 
 
@@ -27,7 +36,7 @@ def test_the_number_of_workers_changes_no_byte(source, tmp_path):
         pack(PackOptions(source=source, out=tmp_path / str(workers), workers=workers, samples_per_shard=5))
     found = contents(tmp_path / "1")
     assert found == contents(tmp_path / "2")
-    names = {f"{kind}/source-00000{i}.{end}" for i in range(5) for kind, end in (("shards", "tar"), ("index", "idx"))}
+    names = {f"{kind}/source-00000{i}.{end}" for i in range(6) for kind, end in (("shards", "tar"), ("index", "idx"))}
     assert set(found) == names | {"manifest.json", "stats.json"}
 
 
@@ -35,8 +44,10 @@ class Cut(Exception):
     pass
 
 
-@pytest.mark.parametrize("row", [1, 9, 11, 23])
-def test_an_interrupted_pack_goes_on_and_ends_the_same(source, tmp_path, row):
+# Pairs with a picture and pairs without fill a shard each. That of the former is full (5) with row 6 and found to be at
+# row 7, so shards end before rows 7, 14 and 21 of those with pictures, and before row 20 of those without.
+@pytest.mark.parametrize(("row", "goes_on_at"), [(1, 0), (7, 0), (9, 7), (11, 7), (21, 20), (23, 21)])
+def test_an_interrupted_pack_goes_on_and_ends_the_same(source, tmp_path, row, goes_on_at):
     options = PackOptions(source=source, out=tmp_path / "cut", samples_per_shard=5)
     pack(PackOptions(source=source, out=tmp_path / "whole", samples_per_shard=5))
 
@@ -50,8 +61,56 @@ def test_an_interrupted_pack_goes_on_and_ends_the_same(source, tmp_path, row):
         ShardSet.open(tmp_path / "cut")
     seen = []
     assert pack(options, lambda tally: seen.append(tally.rows)).complete
-    assert seen[0] == (row - 1) // 5 * 5 + 1  # it read on behind the last finished shard
+    assert seen[0] == goes_on_at + 1  # it read on behind what the last finished shard had seen
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("max_open", [3, 64])
+@pytest.mark.parametrize("row", [10, 24, 41, 59])
+def test_many_shapes_are_packed_the_same_after_a_kill(tmp_path, monkeypatch, row, max_open):
+    """Seven shapes that take turns, some begun early and full late, with room for three open shards or for all."""
+    monkeypatch.setattr(filling_module, "MAX_OPEN", max_open)
+    source = write_rows(tmp_path / "in", *mixed_rows(60))
+    options = PackOptions(source=source, out=tmp_path / "cut", samples_per_shard=4)
+    most = []
+
+    def stop(tally):
+        most.append(len(list((tmp_path / "cut" / "shards").glob("*.part"))))
+        if tally.rows == row:
+            raise Cut
+
+    with pytest.raises(Cut):
+        pack(options, stop)
+    assert not list((tmp_path / "cut").rglob("*.part"))
+    pack(replace(options, workers=2), lambda tally: most.append(len(list((tmp_path / "cut").rglob("*.part")))))
+    pack(replace(options, out=tmp_path / "whole"))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    opened = ShardSet.open(tmp_path / "cut")
+    assert sorted(opened.read_text(row)["id"] for row in range(60)) == sorted(f"source/r{i}" for i in range(60))
+    assert all(shard.shape for shard in opened.shards)
+    assert max(most) == min(7, max_open)
+    assert [shard.name for shard in opened.shards] == [f"source-{i:06d}" for i in range(len(opened.shards))]
+
+
+def test_rows_that_were_in_an_open_shard_must_still_be_what_they_were(tmp_path):
+    """Their pictures are read again: an annotation that is the same may name a file that is not."""
+    rows, images = mixed_rows(24)
+    source = write_rows(tmp_path / "in", rows, images)
+    options = PackOptions(source=source, out=tmp_path / "set", samples_per_shard=2)
+
+    def stop(tally):
+        if tally.rows == 20:
+            raise Cut
+
+    with pytest.raises(Cut):
+        pack(options, stop)
+    open_rows = json.loads((tmp_path / "set" / "pack.json").read_text())["filling"]
+    name = next(rows[row]["image"][0] for shard in open_rows for row in shard["rows"] if rows[row]["image"])
+    (tmp_path / "in" / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"row \d+ is not what it was when it was packed"):
+        pack(options)
+    (tmp_path / "in" / name).write_bytes(images[name])
+    assert pack(options).complete
 
 
 def test_a_complete_pack_is_left_alone(source, tmp_path):
@@ -89,10 +148,12 @@ def test_the_index_says_what_the_samples_are(source, tmp_path):
     pack(PackOptions(source=source, out=tmp_path / "set"))
     opened = ShardSet.open(tmp_path / "set")
     assert INDEX_RECORD.itemsize == 64 and len(opened.index) == 24
-    record = opened.index[1]
+    record = opened.index[row_of(opened, 1)]
     assert (record["n_images"], record["img_w"], record["img_h"], record["pixels"]) == (1, 12, 10, 120)
     assert record["chars_chosen"] == len("yesyes1") and record["chars_rejected"] == len("nono1")
-    np.testing.assert_array_equal(opened.index["offset"][1:], np.cumsum(opened.index["span"])[:-1])
+    for first, last in pairwise(opened.first_rows):
+        spans = opened.index["span"][first:last]
+        np.testing.assert_array_equal(opened.index["offset"][first:last], np.cumsum(spans) - spans)
 
 
 def bad_rows():
@@ -232,3 +293,67 @@ def test_a_bounded_number_of_records_is_under_way():
     assert next(results) == (0, 0)
     assert len(taken) == 6 * pack_module.CHUNK
     assert [result for _, result in results] == list(range(1, 1000))
+
+
+def test_larger_images_are_made_smaller_and_others_keep_their_bytes(tmp_path, capsys):
+    """With --max-side 12: 24 x 8 becomes 12 x 4, the picture turned by EXIF is 8 x 24 and becomes 4 x 12."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    wide = Image.fromarray(smooth(24, 8))
+    images = {
+        "wide.png": save(wide),
+        "turned.jpg": save(wide, "JPEG", exif=turned),
+        "small.png": image_bytes(3),
+        "line.png": save(Image.fromarray(smooth(400, 1))),
+    }
+    rows = [{"id": n, "prompt": "What?", "chosen": n, "rejected": "B", "image": n} for n in images]
+    source = write_rows(tmp_path / "in", rows, images)
+    assert main(["pack", str(source), "--out", str(tmp_path / "set"), "--max-side", "12", "-q"]) == 0
+    opened = ShardSet.open(tmp_path / "set")
+    read = [opened.read(row) for row in range(4)]
+    found = {sample["images"][0]["origin"]: (sample["images"][0], files[0]) for sample, files in read}
+    sizes = {name: (image["member"], image["w"], image["h"]) for name, (image, _) in found.items()}
+    assert sizes["wide.png"] == ("jpg", 12, 4) and sizes["turned.jpg"] == ("jpg", 4, 12)
+    assert sizes["small.png"] == ("png", 12, 10) and sizes["line.png"] == ("jpg", 12, 1)
+    assert found["small.png"][1] == images["small.png"]
+    small, squares = shrink(smooth(240, 160), 120)[0], smooth(240, 160).reshape(80, 2, 120, 2, 3).mean(axis=(1, 3))
+    assert np.abs(decode_rgb(small) - squares).mean() < 1.5  # 0.82 was seen
+    assert Image.open(io.BytesIO(found["turned.jpg"][1])).getexif() == {}
+    assert main(["validate", str(tmp_path / "set"), "-q"]) == 0
+    assert main(["pack", str(source), "--out", str(tmp_path / "set"), "--max-side", "13", "-q"]) == 2
+    assert "max_side was 12, is 13" in capsys.readouterr().err
+    assert main(["pack", str(source), "--out", str(tmp_path / "other"), "--max-side", "0"]) == 2
+
+
+def test_a_shuffled_pack_goes_on_after_a_kill(source, tmp_path, monkeypatch):
+    """Killed while it packs, while it copies, and when the copy is done: the end is that of an unbroken one."""
+    whole, cut = (PackOptions(source=source, out=tmp_path / name, samples_per_shard=5) for name in ("whole", "cut"))
+    first = pack_shuffled(whole, seed=3)
+    assert first.num_samples == 24 and not (tmp_path / "whole-unshuffled").exists()
+
+    def stop(*_, **options):
+        raise Cut
+
+    with pytest.raises(Cut):
+        pack_shuffled(cut, 3, lambda tally: stop() if tally.rows == 20 else None)
+    with pytest.raises(Cut):
+        pack_shuffled(cut, 3, copied=lambda done, of: stop() if done > 8 else None)
+    assert not (tmp_path / "cut" / "manifest.json").exists() and (tmp_path / "cut-unshuffled").is_dir()
+    with monkeypatch.context() as patched:
+        patched.setattr("data_tools.shuffle.shutil.rmtree", stop)
+        with pytest.raises(Cut):
+            pack_shuffled(cut, 3)
+    assert pack_shuffled(cut, 3, stop).shards == first.shards
+    assert not (tmp_path / "cut-unshuffled").exists()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    plain = pack(replace(whole, out=tmp_path / "plain"))
+    ids = [[ShardSet.open(tmp_path / name).read_text(row)["id"] for row in range(24)] for name in ("plain", "whole")]
+    assert ids[0] != ids[1] and sorted(ids[0]) == sorted(ids[1])
+    manifest = ShardSet.open(tmp_path / "whole").manifest
+    assert manifest["tally"]["rows"] == 24 and manifest["made_by"] == {"command": "pack", "shuffle_seed": 3}
+    assert manifest["sources"] == ShardSet.open(tmp_path / "plain").manifest["sources"] and plain.complete
+    with pytest.raises(ValueError, match="holds a set made otherwise"):
+        pack_shuffled(whole, seed=4)
+    source.write_text(json.dumps(json.loads(source.read_text())[:-1]))
+    with pytest.raises(ValueError, match="a pack of another input"):
+        pack_shuffled(whole, seed=3)

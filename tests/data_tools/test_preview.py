@@ -13,7 +13,7 @@ from data_tools.preview import choose, difference, read_shown, to_html
 from data_tools.sheet import draw_sheet
 from data_tools.where import parse_where
 from pivot.data.shards import ShardSet
-from tests.data.fakes import image_bytes, make_set, write_rows
+from tests.data.fakes import image_bytes, make_set, row_of, write_rows
 from tests.data.test_shards import flip_bit
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> & </p></article>"
@@ -83,11 +83,15 @@ def test_the_sheet_is_a_picture(packed, evil):
 
 def test_samples_are_drawn_by_seed_and_condition(packed):
     assert choose(packed, 5, seed=1) == choose(packed, 5, seed=1) != choose(packed, 5, seed=2)
-    rows = choose(packed, 100, 0, [parse_where("images=0")])
-    assert rows == [0, 4, 8, 12, 16, 20]
-    assert choose(packed, 100, 0, [parse_where("images=0"), parse_where("row>10"), parse_where("row<=16")]) == [12, 16]
-    assert choose(packed, 100, 0, [parse_where("chosen~^yesyes[0-9]$")]) == [1, 6]
-    assert choose(packed, 1, 0, [parse_where("id=source/r7")]) == [7]
+
+    def drawn(*conditions, number=100):
+        return sorted(rows.index(row) for row in choose(packed, number, 0, [parse_where(text) for text in conditions]))
+
+    rows = [row_of(packed, number) for number in range(24)]
+    assert drawn("images=0") == [0, 4, 8, 12, 16, 20]
+    assert drawn("images=0", f"row>{rows[8]}", f"row<={rows[16]}") == [12, 16]
+    assert drawn("chosen~^yesyes[0-9]$") == [1, 6]
+    assert drawn("id=source/r7", number=1) == [7]
 
 
 @pytest.mark.parametrize("text", ["color=red", "images", "images=many", "chosen>3", "chosen~(", "images~3"])

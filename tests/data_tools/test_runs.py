@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,13 +127,23 @@ def test_what_runs_met_is_left_out_of_the_next(place, tmp_path, capsys):
     config = write_config(place, tmp_path)
     simulated = run(capsys, "simulate", "--config", config, f"data.exclude={out}", "--steps", 8)
     ids = {id for step in simulated["steps"] for rank in step["ranks"] for id in rank}
-    assert simulated["steps_per_epoch"] == 38 / 8 and not ids & {"source/r6", "source/r33"}
+    assert simulated["steps_per_epoch"] == 38 / 8
+    assert len(ids) == 38 and not ids & {shards.read_text(row)["id"] for row in (6, 33)}
     assert main(["exclude", str(folder), "--from", str(place / "vision.json"), "--out", str(out)]) == 2
     (tmp_path / "foreign.json").write_text(json.dumps({"format": 1, "samples": [{"shard": "0", "ordinal": 1}]}))
     with pytest.raises(ValueError, match="none of them in data.train"):
         read_excluded(tmp_path / "foreign.json", shards)
     with pytest.raises(ValueError, match="is no list made by"):
         read_excluded(place / "vision.json", shards)
+
+
+@pytest.mark.slow
+def test_stdout_holds_the_document_alone(place, tmp_path):
+    """Also in a process of its own, where DeepSpeed says on stdout which accelerator it found."""
+    config = write_config(place, tmp_path)
+    command = [sys.executable, "-m", "data_tools", "simulate", "--config", str(config), "--steps", "2", "--json"]
+    shown = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True).stdout
+    assert set(json.loads(shown)) == {"balance", "steps_per_epoch", "steps"}
 
 
 def test_the_forms_of_data_train(place, tmp_path):

@@ -14,9 +14,9 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.letters import LetterProcessor, letter_lengths
-from pivot.data.lengths import Lengths, build_lengths, load_lengths
-from pivot.data.plan import Costs
+from pivot.data.lengths import LENGTH_RECORD, Lengths, build_lengths, load_lengths
 from pivot.data.shards import ShardSet
+from pivot.data.units import Costs
 from tests.data.fakes import make_set, plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_a_later_start_is_a_jump(packed, capsys):
 def test_ranks_are_even_with_lengths_like_mmprs():
     """Log-normal completions with a long tail, images of 576 tokens: max over mean at most 1.05 at 8 pairs a rank."""
     random = np.random.default_rng(0)
-    records = np.zeros(4096, dtype=[(name, "<u4") for name in ("prompt", "chosen", "rejected", "image", "same")])
+    records = np.zeros(4096, dtype=LENGTH_RECORD)
     records["image"] = np.where(random.random(4096) < 0.9, 576, 0)
     records["prompt"] = records["image"] + np.clip(random.lognormal(3.7, 0.9, 4096), 5, 1000)
     for role in ("chosen", "rejected"):

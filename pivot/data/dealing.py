@@ -1,0 +1,99 @@
+"""Units of work dealt to ranks and cut into rows: plain bin packing over integers, the same on every rank.
+
+A unit is what stays together in a row: a pair, or with image trees the pairs of one image. Costs balance, tokens bound.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Units (indices into `costs`) per share: the costliest first, each to the least loaded share."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [(0.0, share) for share in range(num_shares)]
+    for unit in _costliest_first(range(len(costs)), costs):
+        load, share = heapq.heappop(loads)
+        shares[share].append(unit)
+        heapq.heappush(loads, (load + costs[unit], share))
+    return shares
+
+
+def cut(shares: list[list[int]], costs: Sequence[float], tokens: Sequence[int], budget: int) -> list[list[list[int]]]:
+    """[share][row] -> units: every share cut into the same, smallest number of rows within `budget` tokens.
+
+    No row is empty as long as there are as many units as rows. Rows of a share lie in falling order of cost: under
+    ZeRO-3 the ranks wait for each other at every micro-batch, so equals should meet.
+    """
+    num_rows = max(1, max(-(-sum(tokens[unit] for unit in share) // budget) for share in shares))
+    while True:
+        evened = _give_each(shares, costs, num_rows)
+        rows = [_fill_rows(share, costs, tokens, budget, num_rows) for share in evened]
+        fitting = [share_rows for share_rows in rows if share_rows is not None]
+        if len(fitting) == len(shares):
+            return fitting
+        num_rows += 1  # ends: with a row for each unit everything fits
+
+
+def best_fit_decreasing(units: Sequence[int], tokens: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows of at most `budget` tokens: the longest unit first, each into the fullest row that has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for unit in sorted(units, key=lambda unit: (-tokens[unit], unit)):
+        fits = [row for row in range(len(rows)) if room[row] >= tokens[unit]]
+        row = min(fits, key=lambda row: room[row], default=len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(budget)
+        rows[row].append(unit)
+        room[row] -= tokens[unit]
+    return rows
+
+
+def _give_each(shares: list[list[int]], costs: Sequence[float], least: int) -> list[list[int]]:
+    """The same shares, where those with under `least` units got the cheapest of those with more, if there are any."""
+    shares = [list(share) for share in shares]
+    for poor in shares:
+        while len(poor) < least:
+            rich = max(shares, key=len)
+            if len(rich) <= least:
+                break
+            poor.append(rich.pop(rich.index(min(rich, key=lambda unit: (costs[unit], unit)))))
+    return shares
+
+
+def _fill_rows(
+    units: list[int], costs: Sequence[float], tokens: Sequence[int], budget: int, num_rows: int
+) -> list[list[int]] | None:
+    """The units in exactly `num_rows` rows, or None when they do not fit."""
+    rows = _spread(units, costs, tokens, budget, num_rows)
+    if rows is None:  # too tight to be even
+        rows = best_fit_decreasing(units, tokens, budget)
+        if len(rows) > num_rows:
+            return None
+        while len(rows) < num_rows and max(map(len, rows), default=0) > 1:
+            rows.append([max(rows, key=len).pop()])
+        rows += [[] for _ in range(num_rows - len(rows))]
+    return sorted(rows, key=lambda row: -sum(costs[unit] for unit in row))
+
+
+def _spread(
+    units: list[int], costs: Sequence[float], tokens: Sequence[int], budget: int, num_rows: int
+) -> list[list[int]] | None:
+    """Rows of even cost, the costliest unit first into the least loaded row with room; None when one has none."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    loads, room = [0.0] * num_rows, [budget] * num_rows
+    for unit in _costliest_first(units, costs):
+        fits = [row for row in range(num_rows) if room[row] >= tokens[unit]]
+        if not fits:
+            return None
+        row = min(fits, key=lambda row: (loads[row], len(rows[row]), row))
+        rows[row].append(unit)
+        loads[row] += costs[unit]
+        room[row] -= tokens[unit]
+    return rows
+
+
+def _costliest_first(units: Sequence[int], costs: Sequence[float]) -> list[int]:
+    return sorted(units, key=lambda unit: (-costs[unit], unit))
