@@ -1,16 +1,22 @@
-"""What the training scripts share: their command line, and errors that a user can act on."""
+"""What the scripts that take a run's CONFIG share: their command line, and errors that a user can act on."""
 
 from __future__ import annotations
 
+import atexit
+import errno
 import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from pivot.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed, also under the deepspeed launcher
 
-USAGE = """usage: deepspeed launch/train_{objective}.py CONFIG [key=value ...] [--check | --print-config]
+USAGE = """usage: deepspeed launch/{script}.py CONFIG [key=value ...] [--check | --print-config]
 
   CONFIG          the run's YAML; keys and defaults are in pivot/config.py
   key=value       overrides, for example optim.lr=1e-6
@@ -21,17 +27,18 @@ USAGE = """usage: deepspeed launch/train_{objective}.py CONFIG [key=value ...] [
 OK, FAILED, USAGE_ERROR, AGAIN = 0, 1, 2, 75
 
 
-def main(objective: str, arguments: list[str]) -> int:
-    """Run the training script of `objective`; the exit code (0 done, see below)."""
+def main(objective: str, arguments: list[str], *, script: str | None = None) -> int:
+    """Run the training script of `objective`, or `script` over such a run's settings; the exit code (see above)."""
+    script = script or f"train_{objective}"
     flags = {word for word in arguments if word.startswith("-") and not word.startswith("--local_rank")}
     words = [word for word in arguments if not word.startswith("-")]
     if flags & {"-h", "--help"}:
-        print(USAGE.format(objective=objective))
+        print(USAGE.format(script=script))
         return OK
     unknown = flags - {"--check", "--print-config"}
     if not words or unknown:
         found = f"unknown flag {min(unknown)}" if unknown else "no CONFIG was given"
-        print(f"error: {found}\n{USAGE.format(objective=objective)}", file=sys.stderr)
+        print(f"error: {found}\n{USAGE.format(script=script)}", file=sys.stderr)
         return USAGE_ERROR
     from pivot.config_load import load_config, to_yaml  # here, so that --help needs nothing installed
 
@@ -40,15 +47,27 @@ def main(objective: str, arguments: list[str]) -> int:
         if "--print-config" in flags:
             print(to_yaml(config), end="")
             return OK
-        from pivot import distributed, train
+        from pivot import distributed
 
         try:
-            status = train.train(config, check_only="--check" in flags)
+            return (_make_references if script == "reference" else _train)(config, "--check" in flags)
         finally:
             distributed.stop()
-        return AGAIN if status == train.PREEMPTED else OK
     except Exception as error:
         return report(error)
+
+
+def _train(config: Config, check_only: bool) -> int:
+    from pivot import train
+
+    return AGAIN if train.train(config, check_only=check_only) == train.PREEMPTED else OK
+
+
+def _make_references(config: Config, check_only: bool) -> int:
+    from pivot.scoring import make_references
+
+    make_references(config, check_only=check_only)
+    return OK
 
 
 def report(error: Exception) -> int:
@@ -57,9 +76,30 @@ def report(error: Exception) -> int:
     if isinstance(error, ValueError) and _raised_by_pivot(error):
         print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "output_dir or data.cache_dir"
+        print(f"error: {where}: {error.strerror}; free some, the same command goes on", file=sys.stderr, flush=True)
+        return FAILED
+    from pivot.distributed import FailedElsewhere
+
+    if isinstance(error, FailedElsewhere) or "Connection closed by peer" in str(error):  # a rank that tells the whole
+        print(f"[rank {rank}] {error}", file=sys.stderr, flush=True)
+        return FAILED
     traceback.print_exception(error)
     sys.stderr.flush()
     return FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code` and without the interpreter's own end.
+
+    A thread of gloo's or autograd's that asks for the interpreter's lock during that end aborts the process ("terminate
+    called without an active exception": seen in one end of some fifty), and a finished run would count as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _raised_by_pivot(error: Exception) -> bool:

@@ -2,7 +2,7 @@
 
 import sys
 
-from command import main
+from command import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("sft", sys.argv[1:]))
+    leave(main("sft", sys.argv[1:]))

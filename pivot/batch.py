@@ -7,6 +7,7 @@ C completions, P pairs (for SFT: samples).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -41,6 +42,21 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The chains of a row as variable-length attention takes them, on one device. C chains with L keys each."""
+
+    cu_queries: Tensor  # int32[C + 1]
+    cu_keys: Tensor  # int32[C + 1]
+    key_index: Tensor | None  # int64[sum L]: the row positions of all keys; None: the row as it is
+    max_queries: int
+    max_keys: int
+
+    def move(self, how: Callable[[Tensor], Tensor]) -> Layout:
+        index = None if self.key_index is None else how(self.key_index)
+        return dataclasses.replace(self, cu_queries=how(self.cu_queries), cu_keys=how(self.cu_keys), key_index=index)
+
+
+@dataclass(frozen=True)
 class Segments:
     """A forest of prefix trees over the row, kept on the host so that attention needs no synchronisation.
 
@@ -52,7 +68,9 @@ class Segments:
     start: np.ndarray
     end: np.ndarray
     parent: np.ndarray
-    # Per-forward scratch of the attention back ends (masks, gather indices), never part of the value.
+    # For attention on the batch's device: made here and moved with the batch, so that attention waits for no copy.
+    layout: Layout = field(default=None, compare=False, repr=False)  # type: ignore[assignment]  # see __post_init__
+    # Per-forward scratch of the attention back ends (masks), never part of the value.
     cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +87,8 @@ class Segments:
             if parent != -1 and not path:
                 raise ValueError(f"segment {i} names parent {parent}, which is not on the path to it (depth-first)")
             path.append(i)
+        if self.layout is None:
+            object.__setattr__(self, "layout", self._lay_out())
 
     def __len__(self) -> int:
         return len(self.start)
@@ -95,6 +115,23 @@ class Segments:
             prefix = tuple((int(self.start[a]), int(self.end[a])) for a in self.ancestors(head))
             chains.append(Chain(int(self.start[head]), int(self.end[following - 1]), prefix))
         return tuple(chains)
+
+    def _lay_out(self) -> Layout:
+        spans = [[*chain.prefix, (chain.start, chain.end)] for chain in self.chains]
+        queries = [chain.num_queries for chain in self.chains]
+        keys = [chain.num_keys for chain in self.chains]
+        index = np.concatenate([np.arange(start, end) for chain in spans for start, end in chain] or [np.arange(0)])
+        return Layout(
+            cu_queries=torch.tensor([0, *np.cumsum(queries)], dtype=torch.int32),
+            cu_keys=torch.tensor([0, *np.cumsum(keys)], dtype=torch.int32),
+            key_index=torch.from_numpy(index) if len(index) != self.num_tokens else None,
+            max_queries=max(queries, default=0),
+            max_keys=max(keys, default=0),
+        )
+
+    def move(self, how: Callable[[Tensor], Tensor]) -> Segments:
+        """The same segments, `how` applied to their layout's tensors."""
+        return dataclasses.replace(self, layout=self.layout.move(how))
 
     def position_ids(self) -> np.ndarray:
         """int64[T]: a root counts from 0, a child goes on where its parent ended."""
@@ -155,14 +192,16 @@ class PackedBatch:
             if isinstance(value, Tensor) and spec.name != "sample_index":
                 pinned[spec.name] = value.pin_memory()
         pinned["by_role"] = {role: index.pin_memory() for role, index in self.by_role.items()}
+        pinned["segments"] = self.segments.move(Tensor.pin_memory)
         return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]  # mypy cannot see the field names
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on `device`; the segments and `sample_index` stay on the host."""
+        """The same batch on `device`; `sample_index` and the segments' integers stay on the host."""
         moved: dict[str, object] = {}
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if isinstance(value, Tensor) and spec.name != "sample_index":
                 moved[spec.name] = value.to(device, non_blocking=True)
         moved["by_role"] = {role: index.to(device, non_blocking=True) for role, index in self.by_role.items()}
+        moved["segments"] = self.segments.move(lambda tensor: tensor.to(device, non_blocking=True))
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]  # mypy cannot see the field names

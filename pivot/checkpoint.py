@@ -10,6 +10,7 @@ word; neither is used. Order of a save: write into step-N.tmp, hash, manifest, f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -74,7 +75,7 @@ def save(
 
     `facts` go into the manifest (world size, ZeRO stage, fingerprints); `extra(folder)` may add rank 0's own files.
     A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
-    launcher can reach them. What was published before stays untouched. RuntimeError when the disk is too small.
+    launcher can reach them. What was published before stays untouched. OSError (ENOSPC) when the disk is too small.
     """
     final = distributed.broadcast(step_folder(checkpoints, step))
     partial = final.with_name(final.name + ".tmp")
@@ -111,10 +112,8 @@ def _require_space(folder: Path, size_bytes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size_bytes:
-        raise RuntimeError(
-            f"{folder}: a checkpoint takes {size_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
-            "make room or set output_dir elsewhere; nothing was deleted"
-        )
+        needs = f"a checkpoint takes {size_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free, nothing was deleted"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})", str(folder))
 
 
 def _hash_shared(folder: Path, world: World) -> dict[str, dict[str, Any]]:

@@ -72,6 +72,9 @@ class DataConfig:
     shard_cache_gb: float = 200.0  # the most that it may take
     chat_template: str | None = None  # a Jinja file or text; None: the tokenizer's own
     image: ImageConfig = field(default_factory=ImageConfig)
+    # Pairs about one image follow each other in the order and share its tokens in a row: faster where a set has several
+    # pairs an image, exact, but a step then holds fewer distinct images.
+    image_trees: bool = False
     workers: int = 2  # loader processes per rank; 0 reads in the training process
 
 
@@ -85,6 +88,7 @@ class DPOConfig:
     loss: Any = "sigmoid"  # a name, or a mix {name: weight}; names in objectives/losses.py, and `sft`
     beta: float = 0.1
     reference: str | None = None  # an HF LLaVA folder; None: the weights this run starts from
+    reference_per_token: bool = False  # keep the reference's log-prob of each completion token, too; for analyses
     label_smoothing: float = 0.0  # share of flipped preferences, for sigmoid and robust
     simpo_gamma: float = 0.5  # SimPO's target margin, nat per token times beta
     bco_shift: str = "none"  # none | running_mean: reward shift of bco_pair
@@ -133,6 +137,7 @@ class TrainConfig:
     seed: int = 0
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 on GPU, fp32 on CPU
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, about a third more time
+    attention: str = "auto"  # auto | torch_varlen | flash_attn | sdpa: the back end of the prefix trees' attention
     timeout_s: float = 600.0  # a collective that waits longer ends the run
 
 
@@ -151,9 +156,21 @@ class EvaluateConfig:
 
 
 @dataclass
+class CompareConfig:
+    """What a run's cost is held against; any of the three."""
+
+    name: str = MISSING  # for example "SigLIP 2 pre-training"
+    flops: float | None = None
+    samples: float | None = None  # image-text pairs seen
+    gpu_hours: float | None = None  # of comparable cards
+
+
+@dataclass
 class LogConfig:
     every_steps: int = 1
     tensorboard: bool = False  # write event files to output_dir/tensorboard
+    compare: CompareConfig | None = None  # a denominator for the run's FLOPs, samples and GPU-hours, shown at the end
+    profile_steps: int = 0  # trace so many steps behind the first two into output_dir/profile/rankN.json; 0: none
 
 
 @dataclass

@@ -40,6 +40,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "evaluate.num_samples": (1, float("inf")),
     "evaluate.max_new_tokens": (1, float("inf")),
     "log.every_steps": (1, float("inf")),
+    "log.profile_steps": (0, 1000),  # a trace of a step takes megabytes
+    "log.compare.flops": (1.0, float("inf")),
+    "log.compare.samples": (1.0, float("inf")),
+    "log.compare.gpu_hours": (1e-6, float("inf")),
 }
 for _component in COMPONENTS:
     _RANGES[f"optim.{_component}.lr"] = (0.0, float("inf"))
@@ -115,6 +119,9 @@ def _check_contradictions(config: Config) -> None:
             raise ConfigError(f"model.{component}.path: absent; give it, or an init_from folder that holds the part")
     if config.objective.dpo is not None:
         _check_loss(config.objective.dpo)
+    compare = config.log.compare
+    if compare is not None and compare.flops is compare.samples is compare.gpu_hours is None:
+        raise ConfigError(f"log.compare: '{compare.name}' has no number; give flops, samples or gpu_hours of it")
     read_deepspeed_json(config.deepspeed)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pivot.config import OBJECTIVES, Config, ConfigError, DPOConfig, SFTConfig
+from pivot.config import OBJECTIVES, CompareConfig, Config, ConfigError, DPOConfig, SFTConfig
 from pivot.config_check import check_config
 
 
@@ -62,7 +62,7 @@ def _merge(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:
 
 
 _FREE_FORM = {"objective.dpo.loss", "data.train"}  # their keys are values, checked where they are used
-_OPTIONAL_SECTIONS = {"objective.sft": SFTConfig, "objective.dpo": DPOConfig}
+_OPTIONAL_SECTIONS = {"objective.sft": SFTConfig, "objective.dpo": DPOConfig, "log.compare": CompareConfig}
 
 
 def _first_unknown(found: Any, schema: DictConfig, prefix: str) -> tuple[str, list[str]] | None:

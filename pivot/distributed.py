@@ -101,9 +101,13 @@ def require_equal(name: str, value: object) -> None:
         raise RuntimeError(f"{name} differs between ranks ({listed}); do all nodes see the same files?")
 
 
+class FailedElsewhere(RuntimeError):
+    """Another rank's error, which that rank tells the reader about."""
+
+
 @contextlib.contextmanager
 def shared_failure(what: str) -> Iterator[None]:
-    """Run something that may fail on some ranks only; then all ranks raise, and none waits for the others."""
+    """Run something that may fail on some ranks only; then all raise, the others FailedElsewhere, and none waits."""
     problem: Exception | None = None
     try:
         yield
@@ -114,7 +118,7 @@ def shared_failure(what: str) -> Iterator[None]:
         raise problem
     for rank, text in enumerate(texts):
         if text is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {text}")
+            raise FailedElsewhere(f"{what} failed on rank {rank}: {text}")
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -129,11 +133,13 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupts = 0
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(name, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received == "SIGINT" and number == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:  # counted: to the first Ctrl-C DeepSpeed's launcher adds a SIGTERM
             os._exit(130)
         self.received = signal.Signals(number).name
 

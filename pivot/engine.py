@@ -54,12 +54,21 @@ def build_deepspeed_config(settings: dict[str, Any], *, max_grad_norm: float, bf
     }
 
 
+def _skip_compiling() -> None:
+    """Before DeepSpeed's first collective: else it compiles those over shared memory, which only its inference calls.
+
+    That would take a minute and a compiler, and again whenever another environment has been at the same cache.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 @contextlib.contextmanager
 def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
     """Under ZeRO-3, transformers' from_pretrained partitions the weights over the ranks while it loads them."""
     if config["zero_optimization"].get("stage", 0) != 3:
         yield
         return
+    _skip_compiling()
     alive = HfDeepSpeedConfig(config)  # transformers holds it weakly
     try:
         yield
@@ -97,8 +106,11 @@ class Engine:
         optimizer = _build_optimizer(groups, optim, config)
         optimizer.register_step_post_hook(self._meter.observe)
         logging.getLogger("DeepSpeed").setLevel(os.environ.get("PIVOT_DEEPSPEED_LOG", "WARNING"))
+        _skip_compiling()
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.stage = int(self._engine.zero_optimization_stage())
+        if self.stage == 0 and world.size == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy every gradient into buckets and back
         self._require_settings(config)
 
     # -- the step ------------------------------------------------------------------------------------------------
@@ -116,7 +128,7 @@ class Engine:
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def step(self, step: int, *, measure: bool) -> dict[str, float]:
-        """Update the weights for optimizer step `step`; gives lr, and with `measure` the norms, per component."""
+        """Update the weights for optimizer step `step`; gives lr per component. With `measure`, see `norms`."""
         rates = self._set_rates(step)
         self._meter.start(enabled=measure)
         if self.stage == 0 and measure:
@@ -124,10 +136,16 @@ class Engine:
         skipped = self._engine.skipped_steps
         self._engine.step()
         metrics = {f"lr/{name}": rate for name, rate in rates.items()}
-        if measure:
-            metrics |= self._meter.results(self.stage > 0, self._engine.get_global_grad_norm(), self.world)
         metrics["skipped_steps"] = self._engine.skipped_steps - skipped
         return metrics
+
+    def squares(self) -> dict[str, Tensor]:
+        """This rank's part of the measured step's squared norms, float64[] each: sum them over the ranks."""
+        return self._meter.squares(self.stage > 0, self.world.size)
+
+    def norms(self, sums: dict[str, float]) -> dict[str, float]:
+        """Gradient norms and update ratios per component from the sums of `squares`; {} where nothing was measured."""
+        return self._meter.norms(sums, self.stage > 0, self._engine.get_global_grad_norm())
 
     def _set_rates(self, step: int) -> dict[str, float]:
         """Write the rates of `step` into the groups: a function of the step alone, so a resume cannot lose it."""
@@ -264,5 +282,6 @@ def _build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, config: d
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, about a minute
 
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=optim.betas, eps=optim.eps, adamw_mode=True)
-    fused = torch.cuda.is_available() and groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused)
+    # Fused on every device: one pass over weights, gradients and moments (on the CPU a third of the time). The weights
+    # may still lie on the CPU here, DeepSpeed moves them.
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)

@@ -1,90 +1,169 @@
-"""Floating-point operations of the parts of a model, from its configuration, without weights.
+"""Floating-point operations of a training step, from the model's shapes: useful ones, and those really run.
 
-They weigh samples against each other when a step is dealt to ranks; a factor common to all of them changes nothing.
+Useful are one forward and one backward of what a batch shares, 2 operations a multiply-add and matrix products alone.
+What a step recomputes to save memory is work of the hardware's, not of the user's. Useful counts balance the ranks.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from pivot.config import ModelConfig, VisionTowerConfig
-from pivot.data.plan import Costs
-from pivot.geometry import (
-    OPEN_CLIP,
-    describe_vision_tower,
-    num_blocks_run,
-    read_config,
-    read_vision_config,
-    split_open_clip,
-)
+import torch
+from torch import nn
 
-FORWARD, BACKWARD = 1.0, 2.0  # of a matrix product: one forward, two backward (its input's gradient, its weight's)
+from pivot.batch import DUMMY_SAMPLE, PackedBatch
+from pivot.data.units import Costs
+from pivot.models.skeleton import Skeleton
+
+MEASURE_S = {"cpu": 0.15, "cuda": 0.3}
+MEASURE_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to run at full rate, small enough to repeat in that time
+REPEATS = {"cpu": 1, "cuda": 10}  # products per reading of the clock: waiting for a GPU takes a while, too
 
 
-def training_costs(model: ModelConfig, tokens_per_image: int, trained: Sequence[str]) -> Costs:
-    """The work of a training step per token, image token, target and query-key pair, in forward FLOPs.
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass, in FLOPs."""
 
-    A frozen part in front of everything that trains has no backward; one behind it passes gradients on.
-    """
-    text = _text_config(model)
-    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    head_size = int(getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
-    queries = head_size * int(text.num_attention_heads)
-    keys = head_size * int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    block = hidden * (2 * queries + 2 * keys) + 3 * hidden * int(text.intermediate_size)  # q, o, k, v; gated MLP
-    vision, projector, language = _factors(trained)
-    width, encoder = _encoder_flops(model.vision_tower, tokens_per_image)
-    projector_size = width * hidden + (hidden * hidden if model.projector != "linear" else 0)
-    return Costs(
-        per_token=language * 2.0 * layers * block,
-        per_image_token=vision * encoder + projector * 2.0 * projector_size,
-        per_target=language * 2.0 * hidden * int(text.vocab_size),
-        per_attention=language * 4.0 * layers * queries,
+    patches: float  # an image: the patch embedding
+    encoder: float  # an image: the blocks
+    encoder_last: float  # an image: of these, each block's last product, where recomputing a block may stop
+    projector_in: float  # an image token: the first layer
+    projector_rest: float
+    blocks: float  # a token: the language model's
+    blocks_last: float
+    attention: float  # a query that attends to a key, over all layers
+    head: float  # a target
+
+
+def count_forward(skeleton: Skeleton) -> Forward:
+    """A frozen or a trained model alike."""
+    tower, language_model = skeleton.vision_tower, skeleton.language_model
+    grid = (tower.facts.size // tower.facts.patch_size) ** 2
+    positions = grid + int(tower.facts.has_cls)
+    encoder, encoder_last = _block_flops(skeleton.encoder_blocks())
+    blocks, blocks_last = _block_flops(language_model.model.layers)
+    first, *rest = (2.0 * p.numel() for p in skeleton.projector.parameters() if p.ndim == 2)
+    convolutions = [m for m in tower.model.modules() if isinstance(m, nn.Conv2d)]
+    queries = skeleton.head_size * int(skeleton.text_config.num_attention_heads)
+    return Forward(
+        patches=sum(2.0 * grid * convolution.weight.numel() for convolution in convolutions),
+        encoder=positions * encoder + 4.0 * positions**2 * tower.width * tower.num_blocks,
+        encoder_last=positions * encoder_last,
+        projector_in=first,
+        projector_rest=sum(rest),
+        blocks=blocks,
+        blocks_last=blocks_last,
+        attention=4.0 * len(language_model.model.layers) * queries,
+        head=2.0 * language_model.lm_head.weight.numel(),
     )
 
 
-def _factors(trained: Sequence[str]) -> tuple[float, float, float]:
-    """Work of training over work of a forward pass, for vision tower, projector and language model."""
-    factors, gradient = [], False
-    for name in ("vision_tower", "projector", "language_model"):
-        own = name in trained
-        factors.append(FORWARD + (BACKWARD / 2 if gradient or own else 0.0) + (BACKWARD / 2 if own else 0.0))
-        gradient = gradient or own
-    return factors[0], factors[1], factors[2]
+def _block_flops(blocks: nn.ModuleList) -> tuple[float, float]:
+    """(of all blocks, of each one's last matrix alone), a token."""
+    matrices = [[2.0 * p.numel() for p in block.parameters() if p.ndim == 2] for block in blocks]
+    return sum(map(sum, matrices)), sum(own[-1] for own in matrices)
 
 
-def _encoder_flops(section: VisionTowerConfig, tokens_per_image: int) -> tuple[int, float]:
-    """(width, forward FLOPs of the blocks that run, per image token that comes out)."""
-    facts = describe_vision_tower(section)
-    width, mlp = _encoder_shape(section)
-    patches = (facts.size // facts.patch_size) ** 2 + int(facts.has_cls)
-    blocks = num_blocks_run(section.layer, facts.num_blocks)
-    per_patch = 2.0 * (4 * width * width + 2 * width * mlp) + 4.0 * patches * width
-    return width, blocks * patches * per_patch / tokens_per_image
+def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
+    """Useful FLOPs of a training step, forward and backward, per token, image token, target and query-key pair.
+
+    A part that trains pays a product for its weights' gradient; one with something trained in front of it, or inside,
+    pays one for its input's.
+    """
+    forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
+    vision, projector, language = (float(name in trained) for name in ("vision_tower", "projector", "language_model"))
+    reached = max(vision, projector)  # a gradient runs back into the embeddings of the row
+    through = max(reached, language)
+    encoder = (1 + vision) * forward.patches + (1 + 2 * vision) * forward.encoder
+    image_token = (1 + vision + projector) * forward.projector_in + (1 + reached + projector) * forward.projector_rest
+    return Costs(
+        per_token=(1 + through + language) * forward.blocks,
+        per_image_token=encoder / tokens_per_image + image_token,
+        per_target=(1 + through + language) * forward.head,
+        per_attention=(1 + 2 * through) * forward.attention,
+    )
 
 
-def _encoder_shape(section: VisionTowerConfig) -> tuple[int, int]:
-    """(width, width of the MLP)."""
-    assert section.path is not None
-    if not section.path.startswith(OPEN_CLIP):
-        config = read_vision_config(section.path)
-        return int(config.hidden_size), int(config.intermediate_size)
-    import open_clip
+@dataclass(frozen=True)
+class Counter:
+    """FLOPs of batches, from their shapes and host integers alone.
 
-    vision = open_clip.get_model_config(split_open_clip(section.path)[0])["vision_cfg"]
-    if "timm_model_name" in vision:
-        import timm
-        import torch
+    The plan's cost is the useful part, too, but for pairs that happen to share an image in a row: it counts each one's.
+    """
 
-        with torch.device("meta"):
-            width = int(timm.create_model(vision["timm_model_name"], pretrained=False).num_features)
-    else:
-        width = int(vision["width"])
-    return width, int(width * vision.get("mlp_ratio", 4.0))
+    costs: Costs
+    recomputed: Costs
+    tokens_per_image: int
+
+    def useful(self, batch: PackedBatch) -> float:
+        """Forward and backward of what the row holds, once; nothing for a dummy."""
+        if bool((batch.sample_index == DUMMY_SAMPLE).all()):
+            return 0.0
+        return self._count(self.costs, batch, batch.pixel_values.shape[0] if len(batch.image_positions) else 0)
+
+    def hardware(self, batch: PackedBatch) -> float:
+        """All that is run for a micro-batch: dummies, and what is computed again."""
+        return sum(self._count(costs, batch, batch.pixel_values.shape[0]) for costs in (self.costs, self.recomputed))
+
+    def _count(self, costs: Costs, batch: PackedBatch, images: int) -> float:
+        return (
+            costs.per_token * batch.num_tokens
+            + costs.per_image_token * images * self.tokens_per_image
+            + costs.per_target * batch.target_ids.shape[0]
+            + costs.per_attention * attended(batch)
+        )
 
 
-def _text_config(model: ModelConfig) -> Any:
-    assert model.language_model.path is not None
-    config = read_config(model.language_model.path, "model.language_model.path")
-    return getattr(config, "text_config", config)
+def attended(batch: PackedBatch) -> float:
+    """Pairs of a query and a key that it attends to, over the row: causal within each chain, full to its ancestors."""
+    own, prefix = 0.0, 0
+    for chain in batch.segments.chains:
+        queries = chain.num_queries
+        own += queries * (queries + 1) / 2
+        prefix += queries * (chain.num_keys - queries)
+    return own + prefix
+
+
+def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool) -> Counter:
+    """What is computed twice: the head's logits always, with `activation_checkpointing` the blocks that train.
+
+    A block is recomputed up to its last product, whose output backward does not need.
+    """
+    forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
+    blocks = float(activation_checkpointing)
+    vision = blocks * float("vision_tower" in trained)
+    recomputed = Costs(
+        per_token=blocks * (forward.blocks - forward.blocks_last),
+        per_image_token=vision * (forward.encoder - forward.encoder_last) / tokens_per_image,
+        per_target=forward.head,
+        per_attention=blocks * forward.attention,
+    )
+    return Counter(training_costs(skeleton, trained), recomputed, tokens_per_image)
+
+
+def describe_flops(flops: float) -> str:
+    """12.2 TFLOP"""
+    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if flops >= unit:
+            return f"{flops / unit:.3g} {name}FLOP"
+    return f"{flops / 1e6:.3g} MFLOP"
+
+
+def measure_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product here and now, in the run's precision: what MFU is measured against.
+
+    The best of several, in about a quarter of a second; all ranks at once, since they share a machine when they train.
+    """
+    size, limit_s = MEASURE_SIZE[device.type], MEASURE_S[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best_s, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < limit_s or best_s == float("inf"):
+        before = time.perf_counter()
+        for _ in range(REPEATS[device.type]):
+            left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, (time.perf_counter() - before) / REPEATS[device.type])
+    return 2.0 * size**3 / best_s / 1e12

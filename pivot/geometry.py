@@ -112,6 +112,12 @@ def read_config(path: str, key: str) -> PretrainedConfig:
         ) from error
 
 
+def read_text_config(path: str) -> PretrainedConfig:
+    """The configuration of a language model, alone or in an HF LLaVA."""
+    config = read_config(path, "model.language_model.path")
+    return getattr(config, "text_config", config)
+
+
 def read_vision_config(path: str) -> PretrainedConfig:
     """The vision configuration of an encoder, of a whole CLIP or SigLIP, or of an HF LLaVA."""
     config = read_config(path, "model.vision_tower.path")

@@ -9,23 +9,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from pivot import distributed
+from pivot import distributed, memory
 from pivot.batch import CHOSEN, REJECTED
-from pivot.config import COMPONENTS, Config, TrainSource
+from pivot.config import COMPONENTS, Config, ModelConfig, TrainSource
 from pivot.config_check import read_deepspeed_json, read_train_sources
 from pivot.data.exclude import read_excluded
 from pivot.data.lengths import build_lengths, load_lengths
+from pivot.data.loader import Loader
 from pivot.data.order import build_mixture
 from pivot.data.plan import Plan
-from pivot.data.remote import WINDOW_SHARDS, ShardCache, is_remote
+from pivot.data.remote import WINDOW_SHARDS, ShardCache
 from pivot.data.shards import ShardSet
 from pivot.distributed import World
 from pivot.engine import build_deepspeed_config
 from pivot.evaluate.held_out import HeldOut, open_held_out
-from pivot.flops import training_costs
+from pivot.flops import describe_flops, training_costs
+from pivot.geometry import read_text_config
+from pivot.models.attention import Choice, choose_attention
 from pivot.models.build import Sources, settle_sources
+from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
 
@@ -38,15 +43,22 @@ class Inputs:
 
     sources: Sources
     reference: Sources  # of the reference model's weights: by default those that the run starts from
+    skeleton: Skeleton
     processor: Processor
     objective: Objective
     shards: ShardSet
     cache_dir: Path
+    plan_settings: dict[str, Any]
     plan: Plan
     held_out: HeldOut | None  # of data.eval
     total_steps: int
     deepspeed: dict[str, Any]
     dtype: torch.dtype
+    attention: Choice  # the back end of the prefix trees
+
+    def another_plan(self, **changes: Any) -> Plan:
+        """Another walk over the same pairs; `changes` are arguments of Plan."""
+        return Plan(**(self.plan_settings | changes))
 
 
 def open_inputs(config: Config, world: World, say: Say) -> Inputs:
@@ -59,7 +71,9 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     sources = settle_sources(config)
     folder = config.objective.dpo.reference if config.objective.dpo is not None else None
     reference = sources if folder is None else settle_sources(replace(config, init_from=folder, init_parts=None))
+    attention = _settle_attention(config.train.attention, sources.model, world.device, dtype)
     processor = build_processor(sources.model, config.data)
+    skeleton = build_skeleton(sources.model, len(processor.tokenizer))
     shards = open_data(config)
     cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))
     with distributed.shared_failure("counting tokens"):
@@ -71,12 +85,26 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
                 lambda done, of: say(f"counting tokens: {done} of {of}"),
                 config.data.workers,
             )
-    plan = build_plan(config, shards, processor, cache_dir, world)
+    plan_settings = settle_plan(config, shards, processor, cache_dir, world, skeleton)
+    plan = Plan(**plan_settings)
     distributed.require_equal("the data plan", plan.fingerprint)
     steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
     held_out = _open_held_out(config, processor, objective, world, say)
     return Inputs(
-        sources, reference, processor, objective, shards, cache_dir, plan, held_out, max(1, steps), deepspeed, dtype
+        sources=sources,
+        reference=reference,
+        skeleton=skeleton,
+        processor=processor,
+        objective=objective,
+        shards=shards,
+        cache_dir=cache_dir,
+        plan_settings=plan_settings,
+        plan=plan,
+        held_out=held_out,
+        total_steps=max(1, steps),
+        deepspeed=deepspeed,
+        dtype=dtype,
+        attention=attention,
     )
 
 
@@ -95,6 +123,7 @@ def _open_held_out(
         max_tokens=config.data.max_tokens,
         max_tokens_per_micro_batch=config.train.max_tokens_per_micro_batch,
         say=say,
+        shard_cache=_shard_cache(config),
     )
 
 
@@ -104,14 +133,32 @@ def _settle_dtype(precision: str, world: World) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
+def _settle_attention(wanted: str, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Choice:
+    assert model.language_model.path is not None
+    text = read_text_config(model.language_model.path)
+    heads = int(text.num_attention_heads)
+    return choose_attention(
+        wanted,
+        device=device,
+        dtype=dtype,
+        heads=heads,
+        key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+    )
+
+
 def open_data(config: Config) -> ShardSet:
     """The sets of `data.train`, joined; the shards of remote ones are fetched when they are read."""
     paths = [source.path for source in read_train_sources(config.data.train)]
-    folder = config.data.shard_cache or settle_cache_dir(config, config.data.train) / "fetched"
-    cache = ShardCache(folder, int(config.data.shard_cache_gb * 1e9)) if any(map(is_remote, paths)) else None
-    shards = ShardSet.join([ShardSet.open(path, cache) for path in paths])
+    shards = ShardSet.join([ShardSet.open(path, _shard_cache(config)) for path in paths])
     shards.check_cache()
     return shards
+
+
+def _shard_cache(config: Config) -> ShardCache:
+    """Of training and evaluation alike; a local set does not touch it."""
+    folder = config.data.shard_cache or settle_cache_dir(config, config.data.train) / "fetched"
+    return ShardCache(folder, int(config.data.shard_cache_gb * 1e9))
 
 
 def settle_cache_dir(config: Config, data: Any) -> Path:
@@ -124,10 +171,18 @@ def settle_cache_dir(config: Config, data: Any) -> Path:
 def build_plan(
     config: Config, shards: ShardSet, processor: Processor, cache_dir: Path, world: World, **changes: Any
 ) -> Plan:
-    """The run's plan; `changes` are arguments of Plan that another walk over the same pairs needs."""
+    """The run's plan for those who need nothing else of its inputs; `changes` are arguments of Plan."""
+    skeleton = build_skeleton(settle_sources(config).model, len(processor.tokenizer))
+    return Plan(**(settle_plan(config, shards, processor, cache_dir, world, skeleton) | changes))
+
+
+def settle_plan(
+    config: Config, shards: ShardSet, processor: Processor, cache_dir: Path, world: World, skeleton: Skeleton
+) -> dict[str, Any]:
+    """The arguments of the run's Plan."""
     sources = read_train_sources(config.data.train)
     plain = len(sources) == 1 and sources[0] == TrainSource(sources[0].path)
-    settings: dict[str, Any] = {
+    return {
         "fingerprint": shards.fingerprint,
         "shard_sizes": shards.shard_sizes,
         "lengths": load_lengths(shards, processor, cache_dir),
@@ -138,17 +193,62 @@ def build_plan(
         "world_size": world.size,
         "roles": (CHOSEN,) if config.objective.sft is not None else (CHOSEN, REJECTED),
         "describe": shards.describe,
+        "image_trees": config.data.image_trees,
         "window_shards": WINDOW_SHARDS if shards.is_remote else None,
         "mixture": None if plain else build_mixture(shards, sources),
         "excluded": None if config.data.exclude is None else read_excluded(config.data.exclude, shards),
-        "costs": training_costs(settle_sources(config).model, processor.geometry.num_tokens, config.optim.trained()),
+        "costs": training_costs(skeleton, config.optim.trained()),
     }
-    return Plan(**(settings | changes))
+
+
+def open_loader(
+    config: Config,
+    inputs: Inputs,
+    world: World,
+    plan: Plan,
+    *,
+    shards: ShardSet | None = None,
+    first_step: int = 0,
+    bad_samples_dir: Path | None = None,
+) -> Loader:
+    """This rank's micro-batches of `plan`, over the training set unless `shards` says another."""
+    return Loader(
+        shards or inputs.shards,
+        plan,
+        inputs.processor,
+        rank=world.rank,
+        first_step=first_step,
+        workers=config.data.workers,
+        bad_samples_dir=bad_samples_dir,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def _memory_setup(config: Config, inputs: Inputs, world: World) -> memory.Setup:
+    plan, budget = inputs.plan, config.train.max_tokens_per_micro_batch
+    rows = [np.array(row) for rank in plan.step(0).micro_batches for row in rank if row]
+    lengths, targets = plan.lengths, plan.lengths.completion_tokens(plan.roles)
+    return memory.Setup(
+        skeleton=inputs.skeleton,
+        trained=config.optim.trained(),
+        optimizer=config.optim.name,
+        dtype=inputs.dtype,
+        world_size=world.size,
+        zero=inputs.deepspeed["zero_optimization"],
+        row=memory.Row(
+            tokens=max(min(budget, int((lengths.prompt + targets)[row].sum())) for row in rows),
+            images=max(int(lengths.image[row].sum()) for row in rows) // inputs.processor.geometry.num_tokens,
+            targets=max(int(targets[row].sum()) for row in rows),
+        ),
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
 
 
 def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     """What is about to run, in a few lines."""
-    plan = inputs.plan
+    plan, step = inputs.plan, inputs.plan.step(0)
+    place = "GPU" if world.device.type == "cuda" else "machine"
+    total = step.cost * inputs.total_steps
     excluded = ", ".join(f"{count} {reason}" for reason, count in plan.exclusions.items()) or "none"
     rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
     stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
@@ -166,6 +266,8 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
             f"({inputs.total_steps / plan.steps_per_epoch:.2f} epochs)",
             f"rates      {rates}",
             f"ranks      {world.size} on {world.device.type}, ZeRO stage {stage}, {str(inputs.dtype).split('.')[1]}",
+            *memory.judge(_memory_setup(config, inputs, world), *memory.memory_there(world), place),
+            f"work       {describe_flops(step.cost / step.counts.pair)} a pair, {describe_flops(total)} in all",
             f"output     {config.output_dir}",
         ]
     )

@@ -35,34 +35,32 @@ class _TokenLogps(torch.autograd.Function):
         (grad_logps,) = grads
         hidden, weight, bias, target_ids, normalizer = ctx.saved_tensors
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Summed in fp32: with bf16 weights, adding hundreds of chunks in bf16 would lose the small ones.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = F.linear(hidden[rows], weight, bias).float()
+        # Blocks of words, not of rows: each word's gradient is then one matrix product over all targets, written where
+        # it belongs. Blocks of rows would need a second gradient of the head, in fp32, to add up in.
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if need_bias else None
+        for words in _chunks(weight.shape[0], hidden.shape[0]):
+            logits = F.linear(hidden, weight[words], None if bias is None else bias[words]).float()  # [N, words]
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = torch.exp(logits - normalizer[rows, None]).mul_(-grad_logps[rows, None])
-            grad_logits.scatter_add_(1, target_ids[rows, None], grad_logps[rows, None])
-            del logits
+            grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-grad_logps[:, None])
+            inside = (target_ids >= words.start) & (target_ids < words.stop)
+            column = (target_ids - words.start).clamp(0, words.stop - words.start - 1)
+            grad_logits.scatter_add_(1, column[:, None], torch.where(inside, grad_logps, 0.0)[:, None])
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias[words] = grad_logits.sum(0)
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
+                grad_hidden += grad_logits @ weight[words]
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-        )
+                torch.mm(grad_logits.T, hidden, out=grad_weight[words])
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // vocabulary)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+def _chunks(length: int, across: int) -> list[slice]:
+    """`length` in pieces such that a piece times `across` is no more than CHUNK_LOGITS."""
+    size = max(1, CHUNK_LOGITS // max(1, across))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor) -> Tensor:

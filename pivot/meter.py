@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pivot.distributed import World
-
 MEASURE_CHUNK = 2**24  # elements; the norms of a step are taken without a second copy of the weights
 
 
@@ -78,23 +76,37 @@ class ComponentMeter:
             direction = first / (second.sqrt() + group["eps"])  # arxiv.org/abs/1711.05101, algorithm 2
         return -lr * (direction + decay * weight) / (1 - lr * decay)
 
-    def results(self, partitioned: bool, total_norm: float | Tensor | None, world: World) -> dict[str, float]:
-        """grad_norm (before clipping), per component and in all, and update_ratio = |update| / |weights|."""
-        names = sorted(self._squares)
+    def squares(self, partitioned: bool, ranks: int) -> dict[str, Tensor]:
+        """`square/KIND/COMPONENT` -> float64[], this rank's part of each squared norm: to be summed over the ranks.
+
+        Nothing where the step was not measured, or skipped. The caller sends them along with what it sums anyway.
+        """
+        found: dict[str, Tensor] = {}
+        for name, own in self._squares.items():
+            parts = own if partitioned else own / ranks  # each rank holds the whole
+            gradient = parts[self.GRADIENT] if partitioned else self._full_gradients[name].double() / ranks
+            kinds = {"gradient": gradient, "update": parts[self.UPDATE], "weight": parts[self.WEIGHT]}
+            found |= {f"square/{kind}/{name}": value for kind, value in kinds.items()}
+        return found
+
+    def norms(self, sums: dict[str, float], partitioned: bool, total_norm: float | Tensor | None) -> dict[str, float]:
+        """grad_norm (before clipping), per component and in all, and update_ratio = |update| / |weights|.
+
+        `sums`: what `squares` gave, over all ranks.
+        """
+        if not self._enabled:
+            return {}
+        norms = {name.removeprefix("square/"): math.sqrt(value) for name, value in sums.items()}
+        names = sorted(name.removeprefix("gradient/") for name in norms if name.startswith("gradient/"))
         if not names:  # the step was skipped
             return {"grad_norm": math.inf}
-        squares = torch.stack([self._squares[name] for name in names])
-        if partitioned:
-            torch.distributed.all_reduce(squares)
-        else:
-            squares[:, self.GRADIENT] = torch.stack([self._full_gradients[name] for name in names]).double()
-        gradient, update, weight = squares.sqrt().cpu().unbind(1)
-        clipped = float(gradient.square().sum().sqrt())
+        clipped = math.hypot(*(norms[f"gradient/{name}"] for name in names))
         # DeepSpeed's norm is the one before clipping; the ratio of both is the factor to undo.
         whole = clipped if not partitioned or total_norm is None else float(total_norm)
         undo = whole / clipped if clipped > 0 else 1.0
         metrics = {"grad_norm": whole}
-        for i, name in enumerate(names):
-            metrics[f"grad_norm/{name}"] = float(gradient[i]) * undo
-            metrics[f"update_ratio/{name}"] = float(update[i] / weight[i]) if weight[i] > 0 else 0.0
+        for name in names:
+            weight = norms[f"weight/{name}"]
+            metrics[f"grad_norm/{name}"] = norms[f"gradient/{name}"] * undo
+            metrics[f"update_ratio/{name}"] = norms[f"update/{name}"] / weight if weight > 0 else 0.0
         return metrics

@@ -29,10 +29,12 @@ _FREE_ON_RESUME = (
     "data.train",  # the plan compares the data's fingerprint, so a set may move
     "data.workers",
     "data.cache_dir",
+    "objective.dpo.reference_per_token",
     "data.shard_cache",
     "data.shard_cache_gb",
     "train.max_tokens_per_micro_batch",
     "train.activation_checkpointing",
+    "train.attention",
     "train.timeout_s",
 )
 

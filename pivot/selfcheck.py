@@ -12,10 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from pivot import distributed
+from pivot.batch import CHOSEN, REJECTED, PackedBatch
+from pivot.data.loader import Loader
+from pivot.reference import ReferenceCache, Score
 
 FP32_MARGIN = 1e-4  # nat times beta; the rounding of a few hundred summed log-probs stays below a tenth of it
 REPACKING_FACTOR = 4.0  # bf16: times what another packing of the same pairs changes
 REPACKED_PAIRS = 32
+
+
+@torch.no_grad()
+def margin_tolerance(dtype: torch.dtype, beta: float, loader: Loader, score: Score, reference: ReferenceCache) -> float:
+    """How far a first margin may be from 0: rounding in fp32, in bf16 a multiple of what repacking changes. Collective.
+
+    `loader` gives some pairs of the reference in another packing than the one they were scored in; in bf16 they are
+    scored again.
+    """
+    if dtype == torch.float32:
+        return FP32_MARGIN
+    worst = torch.zeros(())
+    for _, micro_batches in loader:
+        for batch in micro_batches:
+            logps = batch.completion_logps(score(batch).float().cpu())
+            worst = torch.maximum(worst, ((logps - reference.lookup(batch)) * batch.completion_weight).abs().max())
+    noise = beta * max(distributed.gather(float(worst)))
+    return max(FP32_MARGIN, REPACKING_FACTOR * 2 * noise)  # a margin is a difference of two completions
+
+
+def start_margins(batch: PackedBatch, token_logps: Tensor, reference: Tensor) -> Tensor:
+    """float32[P]: (policy - reference) of chosen minus the same of rejected, 0 for masked pairs."""
+    change = batch.completion_logps(token_logps) - reference
+    return (change[batch.by_role[CHOSEN]] - change[batch.by_role[REJECTED]]) * batch.pair_weight()
 
 
 def require_zero_margins(margins: Tensor, tolerance: float, world: distributed.World) -> None:

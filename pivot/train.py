@@ -5,12 +5,10 @@ train(load_config("run.yaml", ["optim.lr=1e-6"], "dpo"))
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,29 @@ from torch import Tensor
 
 import pivot
 from pivot import checkpoint, distributed
-from pivot.batch import CHOSEN, REJECTED, PackedBatch
-from pivot.config import COMPONENTS, Config, ConfigError
+from pivot.batch import PackedBatch
+from pivot.config import Config, ConfigError
+from pivot.costs import Clock, Spent, compare, describe
 from pivot.data.loader import Loader
 from pivot.data.plan import Plan, StepPlan
-from pivot.data.shards import ShardSet
 from pivot.distributed import StopSignal, World
 from pivot.engine import Engine, gathered, sharded_loading
 from pivot.evaluate import evaluator, outcomes
-from pivot.inputs import Inputs, Say, build_plan, first_screen, open_inputs
-from pivot.metrics import RunLog, StepMetrics, Timer
-from pivot.models.attention import TREE_ATTENTION
-from pivot.models.build import Sources, build_mllm, weights_fingerprint
+from pivot.facts import start_facts
+from pivot.flops import build_counter, measure_matmul_tflops
+from pivot.inputs import Inputs, Say, first_screen, open_inputs, open_loader
+from pivot.metrics import RunLog, StepMetrics, Timer, peak_memory_gib, send
+from pivot.models.build import Sources, build_mllm
 from pivot.models.mllm import MLLM
 from pivot.models.parts import write_model
-from pivot.reference import ReferenceCache, reference_fingerprint
 from pivot.report import write_report
 from pivot.run import RunFolder
 from pivot.schedule import learning_rate_factor
-from pivot.selfcheck import FP32_MARGIN, REPACKED_PAIRS, REPACKING_FACTOR, GradientWatch, require_zero_margins
+from pivot.scoring import open_references
+from pivot.selfcheck import REPACKED_PAIRS, GradientWatch, margin_tolerance, require_zero_margins, start_margins
+from pivot.step import run_micro_batch
+from pivot.trace import Tracer
 
-VERSIONS = ("torch", "transformers", "deepspeed", "open_clip_torch", "webdataset")  # that the log names
 DONE, PREEMPTED = "done", "preempted"
 MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
 
@@ -95,11 +95,20 @@ class Trainer:
             folder.path, total_steps=inputs.total_steps, is_main=world.is_main, tensorboard=config.log.tensorboard
         )
         self.say: Say = self.log.say
+        self.spent = Spent()
+        self.clock = Clock(self.spent, world)
         self.objective = inputs.objective
         self.model = self._build_model(inputs.sources)
         self.engine = self._build_engine()
-        self.reference, self.held_out_reference = self._open_references()
+        # Now, while the engine still holds the weights that the run starts from.
+        references = open_references(config, inputs, world, self.say, start_weights=self._score)
+        self.reference, self.held_out_reference = references.train, references.held_out
+        trained, checkpointing = config.optim.trained(), config.train.activation_checkpointing
+        self.counter = build_counter(inputs.skeleton, trained, activation_checkpointing=checkpointing)
         self.step, self.masked = self._restore()
+        self.stop: StopSignal | None = None
+        self.stopping = False
+        self.waited_s = 0.0  # of the loader's data_wait_s, what is in the log
 
     def _build_model(self, sources: Sources) -> MLLM:
         model = build_mllm(
@@ -109,6 +118,7 @@ class Trainer:
             dtype=self.inputs.dtype,
             loading=lambda: sharded_loading(self.inputs.deepspeed),
             gather=gathered,
+            attention=self.inputs.attention.name,
         )
         if self.config.train.activation_checkpointing:
             model.enable_activation_checkpointing()
@@ -124,59 +134,9 @@ class Trainer:
         )
         return Engine(self.model, self.inputs.deepspeed, optim, schedule, self.world)
 
-    # -- reference ---------------------------------------------------------------------------------------------
-
-    def _open_references(self) -> tuple[ReferenceCache | None, ReferenceCache | None]:
-        """Of the training and of the held-out set, as far as they are needed."""
-        inputs, held_out = self.inputs, self.inputs.held_out
-        if not self.objective.needs_reference:
-            return None, None
-        every_pair = {"limit": int(inputs.plan.kept.sum()), "mixture": None}
-        plan = self._plan(**every_pair, window_shards=1, roles=(CHOSEN, REJECTED))
-        train = self._open_reference(inputs.shards, inputs.cache_dir, plan)
-        if held_out is None:
-            return train, None
-        return train, self._open_reference(held_out.shards, held_out.cache_dir, held_out.plan)
-
-    def _open_reference(self, shards: ShardSet, cache_dir: Path, plan: Plan) -> ReferenceCache:
-        """The cache of reference log-probs, completed now: the engine still holds the weights the run starts from."""
-        inputs, sources = self.inputs, self.inputs.reference
-        fingerprint = reference_fingerprint(
-            weights=distributed.broadcast(weights_fingerprint(sources, seed=self.config.train.seed)),
-            processor=inputs.processor.fingerprint,
-            facts={"dtype": str(inputs.dtype), "attention": TREE_ATTENTION},
-        )
-        cache = ReferenceCache(cache_dir, fingerprint, shards)
-        missing = distributed.broadcast(cache.first_missing(plan))
-        if missing is not None:
-            started = time.monotonic()
-            score = self._score if sources is inputs.sources else self._build_scorer(sources)
-            loader = self._loader(plan, shards=shards, first_step=missing)
-            cache.fill(loader, score, self.world, self.say)
-            self.say(f"reference log-probs are in {cache.folder} ({time.monotonic() - started:.0f} s, once)")
-        return cache
-
     def _score(self, batch: PackedBatch) -> Tensor:
-        """float32[C] under the engine's weights as they stand."""
-        batch = batch.to(self.world.device)
-        return batch.completion_logps(self.engine(batch))
-
-    def _build_scorer(self, sources: Sources) -> Callable[[PackedBatch], Tensor]:
-        """Another reference: a plain model on this rank's device, gone when the scoring is done."""
-        model = build_mllm(
-            sources,
-            self.inputs.processor,
-            seed=self.config.train.seed,
-            dtype=self.inputs.dtype,
-            loading=contextlib.nullcontext,
-            gather=lambda _: contextlib.nullcontext(),
-        ).to(self.world.device)
-
-        def score(batch: PackedBatch) -> Tensor:
-            batch = batch.to(self.world.device)
-            return batch.completion_logps(model(batch))
-
-        return score
+        """float32[N] under the engine's weights as they stand, of a batch on the host."""
+        return self.engine(batch.to(self.world.device))
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -200,6 +160,7 @@ class Trainer:
         step = self.inputs.plan.check_state(found.state["plan"])
         checkpoint.load(self.engine, found, self.world)
         self.objective.load_state_dict(found.state["objective"])
+        self.spent.add(**found.state.get("spent", {}))  # absent from checkpoints before 0.3
         self.say(f"start      step {step}, resumed from {found.folder}")
         return step, int(found.state["plan"]["masked"])
 
@@ -214,7 +175,11 @@ class Trainer:
             self.folder.checkpoints,
             self.step,
             self.world,
-            state={"plan": plan.state(self.step, self.masked), "objective": self.objective.state_dict()},
+            state={
+                "plan": plan.state(self.step, self.masked),
+                "objective": self.objective.state_dict(),
+                "spent": asdict(self.clock.read()),
+            },
             facts=self._shape_of_state() | {"plan_fingerprint": plan.fingerprint, "pivot": pivot.__version__},
             size_bytes=self.engine.checkpoint_bytes(),
             keep=self.config.checkpoint.keep,
@@ -226,17 +191,21 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train what is left, then export; the status: done, or preempted when a signal came (the state is saved)."""
         total = self.inputs.total_steps
-        self._log_start()
-        stop = StopSignal()
+        tflops = distributed.gather(measure_matmul_tflops(self.world.device, self.inputs.dtype))
+        facts = start_facts(self.inputs, self.world) | self.engine.facts()
+        self.log.event("start", step=self.step, matmul_tflops=sum(tflops) / len(tflops), **facts)
+        self.stop = StopSignal()
         tolerance = self._margin_tolerance() if self.step == 0 else None
         if self.step == 0:
             self._evaluate()
-        timer, skipped = Timer(self.world), 0
-        loader = self._loader(self.inputs.plan, first_step=self.step, bad_samples_dir=self.folder.path)
+        timer, skipped = Timer(sum(tflops)), 0
+        tracer = Tracer(self.folder.path / "profile", self.config.log.profile_steps, self.world, self.say)
+        loader = self.loader(self.inputs.plan, first_step=self.step, bad_samples_dir=self.folder.path)
         for step_plan, micro_batches in loader if self.step < total else ():
-            metrics = self._train_step(step_plan, micro_batches, loader, timer, tolerance)
+            tracer.before_step()
+            metrics = self.train_step(step_plan, micro_batches, loader, timer, tolerance)
             self.step = step_plan.step + 1
-            self.masked += int(metrics.get("masked", 0))
+            self.masked += int(metrics["masked"])
             skipped = skipped + 1 if metrics["skipped_steps"] or not math.isfinite(metrics["loss"]) else 0
             if self.step % self.config.log.every_steps == 0 or self.step == total:
                 self.log.step(
@@ -244,11 +213,11 @@ class Trainer:
                 )
             if skipped >= MAX_SKIPPED_IN_A_ROW:
                 raise RuntimeError(f"{skipped} steps in a row had a loss or gradient that is not finite; see log.jsonl")
-            stopping = distributed.any_rank(stop.received is not None, self.world.device)
             every = self.config.checkpoint.every_steps
-            if stopping or self.step == total or (every and self.step % every == 0):
+            if self.stopping or self.step == total or (every and self.step % every == 0):
                 self._save()
-            if stopping and self.step < total:
+            if self.stopping and self.step < total:
+                tracer.stop()
                 self.say(f"stopped at step {self.step} on a signal; the same command goes on")
                 return {"status": PREEMPTED, "step": self.step}
             if self.step == total:
@@ -256,14 +225,15 @@ class Trainer:
             if self.config.evaluate.every_steps and self.step % self.config.evaluate.every_steps == 0:
                 self._evaluate()
                 timer.read()  # the rates are those of training
+        tracer.stop()
         self._evaluate()
         self._export()
-        self.log.event("end", step=self.step)
+        self._log_end()
         self._report()
         self.log.close()
         return {"status": DONE, "step": self.step}
 
-    def _train_step(
+    def train_step(
         self,
         step_plan: StepPlan,
         micro_batches: Iterator[PackedBatch],
@@ -275,82 +245,57 @@ class Trainer:
 
         In the run's first step every parameter must get a gradient, and with a `tolerance` every margin be zero.
         """
-        sums, waited, tokens, masked = (
-            StepMetrics(self.world, step_plan.counts),
-            loader.data_wait_s,
-            0,
-            loader.num_masked,
-        )
+        sums = StepMetrics(self.world, step_plan.counts)
+        masked, device = loader.num_masked, self.world.device
         first = self.step == 0
         watch = GradientWatch(self.model) if first else None
         margins: list[Tensor] = []
         for number, host_batch in enumerate(micro_batches):
-            reference = self.reference.lookup(host_batch).to(self.world.device) if self.reference else None
-            batch = host_batch.to(self.world.device)
-            token_logps = self.engine(batch)
-            outcome = self.objective(token_logps, batch, reference)
-            terms = [weight * t.total / step_plan.counts.denominator(t.unit) for weight, t in outcome.loss.values()]
-            loss = torch.stack(terms).sum()
-            self.engine.backward(loss, last=number == step_plan.num_micro_batches - 1)
-            sums.add(outcome, loss)
-            tokens += batch.num_tokens
+            reference = send(self.reference.lookup(host_batch), device) if self.reference else None
+            batch = host_batch.to(device)
+            last = number == step_plan.num_micro_batches - 1
+            token_logps = run_micro_batch(self.engine, self.objective, batch, reference, sums, last=last)
+            sums.count(tokens=batch.num_tokens, flops=self.counter.useful(host_batch))
+            sums.count(hardware_flops=self.counter.hardware(host_batch))
             if first and tolerance is not None and reference is not None:
-                margins.append(_margins(batch, token_logps.detach(), reference))
+                margins.append(start_margins(batch, token_logps, reference))
         if watch is not None:
             watch.require_all()
         if margins and tolerance is not None and self.config.objective.dpo is not None:
             require_zero_margins(self.config.objective.dpo.beta * torch.cat(margins), tolerance, self.world)
-        measure = (self.step + 1) % self.config.log.every_steps == 0
-        metrics = sums.reduce() | self.engine.step(self.step, measure=measure)
+        metrics = self.engine.step(self.step, measure=(self.step + 1) % self.config.log.every_steps == 0)
+        sums.include(self.engine.squares())
+        sums.count(masked=loader.num_masked - masked, stop=self.stop is not None and self.stop.received is not None)
+        # Since the step before: the loader waits for a step's first micro-batch before it hands the step over.
+        sums.highest(wait_s=loader.data_wait_s - self.waited_s, peak_memory_gib=peak_memory_gib())
+        self.waited_s = loader.data_wait_s
+        found = sums.reduce()
+        self.stopping = found.pop("stop") > 0  # on one rank is on all: they leave the loop together
+        work: dict[str, float] = {"pairs": step_plan.counts.pair}
+        work |= {name: found.pop(name) for name in ("tokens", "flops", "hardware_flops")}
+        self.spent.add(**work)
+        room = self.world.size * step_plan.num_micro_batches * self.config.train.max_tokens_per_micro_batch
+        timer.add(room=room, **work, **{name: found.pop(name) for name in ("wait_s", "peak_memory_gib")})
+        squares = {name: found.pop(name) for name in list(found) if name.startswith("square/")}
+        metrics = found | metrics | self.engine.norms(squares)
         self.objective.after_step(metrics)
-        timer.add(wait_s=loader.data_wait_s - waited, pairs=step_plan.counts.pair, tokens=tokens)
-        return metrics | {"masked": sum(distributed.gather(loader.num_masked - masked))}
+        return metrics
 
     def _margin_tolerance(self) -> float | None:
-        """How far a first margin may be from 0: rounding in fp32, in bf16 a multiple of what repacking changes.
-
-        None where the run does not start from its reference.
-        """
-        dpo = self.config.objective.dpo
+        """See selfcheck.py; None where the run does not start from its reference."""
+        dpo, plan = self.config.objective.dpo, self.inputs.plan
         if self.reference is None or dpo is None or dpo.reference is not None:
             return None
-        if self.inputs.dtype == torch.float32:
-            return FP32_MARGIN
-        lengths = self.inputs.plan.lengths
-        longest = int((lengths.prompt + lengths.chosen + lengths.rejected)[self.inputs.plan.kept].max())
-        limit = min(REPACKED_PAIRS, self.inputs.plan.num_pairs)
-        plan = self._plan(limit=limit, global_batch_size=limit, max_tokens_per_micro_batch=longest)
-        worst = torch.zeros(())
-        for _, micro_batches in self._loader(plan):
-            for batch in micro_batches:
-                with torch.no_grad():
-                    change = (self._score(batch).cpu() - self.reference.lookup(batch)) * batch.completion_weight
-                worst = torch.maximum(worst, change.abs().max())
-        noise = dpo.beta * max(distributed.gather(float(worst)))
-        return max(FP32_MARGIN, REPACKING_FACTOR * 2 * noise)  # a margin is a difference of two completions
-
-    def _plan(self, **changes: Any) -> Plan:
-        return build_plan(
-            self.config, self.inputs.shards, self.inputs.processor, self.inputs.cache_dir, self.world, **changes
+        lengths, limit = plan.lengths, min(REPACKED_PAIRS, plan.num_pairs)
+        longest = int((lengths.prompt + lengths.chosen + lengths.rejected)[plan.kept].max())
+        repacked = self.inputs.another_plan(
+            limit=limit, global_batch_size=limit, max_tokens_per_micro_batch=longest, image_trees=False
         )
+        return margin_tolerance(self.inputs.dtype, dpo.beta, self.loader(repacked), self._score, self.reference)
 
-    def _loader(
-        self,
-        plan: Plan,
-        *,
-        shards: ShardSet | None = None,
-        first_step: int = 0,
-        bad_samples_dir: Path | None = None,
-    ) -> Loader:
-        return Loader(
-            shards or self.inputs.shards,
-            plan,
-            self.inputs.processor,
-            rank=self.world.rank,
-            first_step=first_step,
-            workers=self.config.data.workers,
-            bad_samples_dir=bad_samples_dir,
-            pin_memory=self.world.device.type == "cuda",
+    def loader(self, plan: Plan, *, first_step: int = 0, bad_samples_dir: Path | None = None) -> Loader:
+        return open_loader(
+            self.config, self.inputs, self.world, plan, first_step=first_step, bad_samples_dir=bad_samples_dir
         )
 
     def _evaluate(self) -> None:
@@ -378,26 +323,11 @@ class Trainer:
 
     # -- what a run leaves behind ------------------------------------------------------------------------------
 
-    def _log_start(self) -> None:
-        counts = {
-            name: sum(getattr(p, "ds_numel", p.numel()) for p in self.model.get_submodule(name).parameters())
-            for name in COMPONENTS
-        }
-        facts = {
-            "world_size": self.world.size,
-            "attention": TREE_ATTENTION,
-            "dtype": str(self.inputs.dtype),
-            "device": str(self.world.device),
-            "step": self.step,
-            "total_steps": self.inputs.total_steps,
-            "num_parameters": counts,
-            "vision_tower": repr(self.model.vision_tower),
-            "num_pairs": self.inputs.plan.num_pairs,
-            "exclusions": self.inputs.plan.exclusions,
-            "plan_fingerprint": self.inputs.plan.fingerprint,
-            "versions": {"pivot": pivot.__version__} | {name: version(name) for name in VERSIONS},
-        }
-        self.log.event("start", **(facts | self.engine.facts()))
+    def _log_end(self) -> None:
+        spent = self.clock.read()
+        row = spent.row() | {"compare": compare(spent, self.config.log.compare)}
+        self.log.event("end", step=self.step, **row)
+        self.say(f"spent      {describe(row, 'samples' if self.config.objective.sft is not None else 'pairs')}")
 
     def _export(self) -> None:
         """The trained model as an HF folder, read back and compared by rank 0."""
@@ -416,9 +346,3 @@ class Trainer:
             self.say(f"report     {write_report(self.folder.path)}")
         except Exception as error:
             self.say(f"no report ({type(error).__name__}: {error}); try python launch/report.py {self.folder.path}")
-
-
-def _margins(batch: PackedBatch, token_logps: Tensor, reference: Tensor) -> Tensor:
-    """float32[P]: (policy - reference) of chosen minus the same of rejected, 0 for masked pairs."""
-    change = batch.completion_logps(token_logps) - reference
-    return (change[batch.by_role[CHOSEN]] - change[batch.by_role[REJECTED]]) * batch.pair_weight()

@@ -56,6 +56,7 @@ def make_run(
         outcomes = _outcomes(share, num_samples)
         rows.append(_evaluation(step, steps, objective, outcomes))
         keep([_answer(question, share, index) for index, question in enumerate(questions)], outcomes, folder, step)
+    rows.append(_end(steps))
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -74,6 +75,12 @@ def _start(steps: int) -> Row:
         "plan_fingerprint": "5f1c3a" * 10,
         "versions": {"pivot": "0.2.0", "torch": "2.15.0", "transformers": "5.23.0"},
     }
+
+
+def _end(steps: int) -> Row:
+    spent = {"gpu_hours": 3.25, "pairs": 64 * steps, "tokens": 8_200_000, "flops": 4.1e17, "hardware_flops": 5.5e17}
+    compare = {"name": "SigLIP pre-training", "flops": 1 / 2000, "samples": 0.25}
+    return {"event": "end", "step": steps, **spent, "compare": compare}
 
 
 def _step(step: int, steps: int, objective: str, random: np.random.Generator) -> Row:

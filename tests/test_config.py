@@ -45,7 +45,12 @@ def test_command_line_wins_over_the_file_and_references_follow(run: Path) -> Non
 def test_resolved_settings_load_back_equal(run: Path, tmp_path: Path) -> None:
     config = load_config(
         run,
-        ["objective.dpo.loss={sigmoid: 0.8, sft: 1.0}", "init_parts=[vision_tower]", "model.language_model.path=a"],
+        [
+            "log.compare={name: a pre-training, gpu_hours: 1e4}",
+            "objective.dpo.loss={sigmoid: 0.8, sft: 1.0}",
+            "init_parts=[vision_tower]",
+            "model.language_model.path=a",
+        ],
         "dpo",
     )
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
@@ -72,6 +77,11 @@ def test_resolved_settings_load_back_equal(run: Path, tmp_path: Path) -> None:
         ("init_parts=[encoder]", "init_parts: found 'encoder', expected some of vision_tower"),
         ("init_parts=[projector]", "model.vision_tower.path: absent"),
         ("init_from=null", "model.vision_tower.path: absent"),
+        ("log.compare={name: x}", "log.compare: 'x' has no number; give flops, samples or gpu_hours"),
+        ("log.compare={flops: 1e20}", "log.compare.name: absent"),
+        ("log.compare={name: x, flops: 0}", "log.compare.flops: found 0.0"),
+        ("log.compare={name: x, flop: 1e20}", "unknown key 'log.compare.flop'; did you mean 'flops'"),
+        ("log.profile_steps=-1", "log.profile_steps: found -1"),
         ("deepspeed=nowhere.json", "no file nowhere.json"),
         ("--verbose", "found '--verbose', expected key=value"),
     ],

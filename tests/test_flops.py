@@ -1,49 +1,238 @@
-"""The costs that balance ranks, worked out by hand for a tiny model; and which parts a stage pays for."""
+"""FLOPs: worked out by hand, counted by PyTorch on the real model, and against the published limit."""
 
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from pivot.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pivot.flops import _factors, training_costs
+from launch.random_model import write_model
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
+from pivot.config import COMPONENTS, LanguageModelConfig, ModelConfig, VisionTowerConfig
+from pivot.data.lengths import LENGTH_RECORD, Lengths
+from pivot.data.units import Work
+from pivot.flops import attended, build_counter, count_forward, measure_matmul_tflops, training_costs
+from pivot.models.language import build_language_model
+from pivot.models.mllm import MLLM
+from pivot.models.projector import Projector
+from pivot.models.skeleton import Skeleton, build_skeleton
+from pivot.models.vision import build_vision_tower
+from tests.ranks.scenarios import merge
 from tests.tiny import tiny_open_clip, write_text_json, write_vision_json
+from tests.trees import build_batch, random_segments
 
-ALL = ("vision_tower", "projector", "language_model")
-
-
-def model_of(tmp_path, **tower):
-    tower = {"path": str(write_vision_json(tmp_path / "vision.json")), **tower}
-    language = LanguageModelConfig(path=str(write_text_json(tmp_path / "text.json")))
-    return ModelConfig(vision_tower=VisionTowerConfig(**tower), language_model=language)
+NUM_TOKENS = 300
 
 
-def test_costs_of_a_tiny_model(tmp_path):
+def model_of(tmp_path: Path, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> ModelConfig:
+    tower = VisionTowerConfig(path=str(write_vision_json(tmp_path / "vision.json", **(vision or {}))))
+    language = LanguageModelConfig(path=str(write_text_json(tmp_path / "text.json", **(text or {}))))
+    return ModelConfig(vision_tower=tower, language_model=language)
+
+
+def test_costs_of_a_tiny_model(tmp_path: Path) -> None:
     """Width 32, MLP 64, 4 heads of 8 with 2 for keys, 2 blocks, 320 words; encoder 3 blocks of which 2 run, 16 patches.
 
     A block of the language model: 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 = 9216 weights, 2 FLOPs each, 2 blocks, and
-    three times that for training. An encoder block: 4 * 32² + 2 * 32 * 64 = 8192 weights.
+    three times that for training. An encoder block: 4 * 32² + 2 * 32 * 64 = 8192 weights. The patch embedding,
+    3 * 8 * 8 * 32 weights, has no gradient of its input.
     """
-    costs = training_costs(model_of(tmp_path), 16, ALL)
+    costs = training_costs(build_skeleton(model_of(tmp_path), NUM_TOKENS), COMPONENTS)
     assert costs.per_token == 3 * 2 * 2 * 9216
     assert costs.per_target == 3 * 2 * 32 * 320
     assert costs.per_attention == 3 * 4 * 2 * 32
-    assert costs.per_image_token == 3 * 2 * (2 * 8192 + 4 * 16 * 32) + 3 * 2 * (32 * 32 + 32 * 32)
+    blocks = 3 * 2 * (2 * 8192 + 4 * 16 * 32)
+    assert costs.per_image_token == blocks + 2 * 2 * 3 * 8 * 8 * 32 + 3 * 2 * (32 * 32 + 32 * 32)
 
 
 @pytest.mark.parametrize(
-    ("trained", "factors"),
+    ("trained", "encoder", "projector", "language"),
     [
-        (ALL, (3, 3, 3)),
-        (("projector",), (1, 3, 2)),
-        (("projector", "language_model"), (1, 3, 3)),
-        (("language_model",), (1, 1, 3)),
-        (("vision_tower",), (3, 2, 2)),
+        (COMPONENTS, 3, (3, 3), 3),
+        (("projector",), 1, (2, 3), 2),
+        (("projector", "language_model"), 1, (2, 3), 3),
+        (("language_model",), 1, (1, 1), 3),
+        (("vision_tower",), 3, (2, 2), 2),
     ],
 )
-def test_frozen_parts_cost_less(trained, factors):
+def test_frozen_parts_cost_less(
+    tmp_path: Path, trained: tuple[str, ...], encoder: float, projector: tuple[float, float], language: float
+) -> None:
     """A forward, a second one to pass gradients through, a third for the gradient of a part's own weights."""
-    assert _factors(trained) == factors
+    skeleton = build_skeleton(model_of(tmp_path), NUM_TOKENS)
+    forward, costs = count_forward(skeleton), training_costs(skeleton, trained)
+    assert costs.per_token == language * forward.blocks
+    layers = projector[0] * forward.projector_in + projector[1] * forward.projector_rest
+    patches = (1 + ("vision_tower" in trained)) * forward.patches
+    assert costs.per_image_token == (patches + encoder * forward.encoder) / 16 + layers
 
 
 @pytest.mark.parametrize("with_timm", [False, True])
-def test_open_clip(tmp_path, with_timm):
-    name = tiny_open_clip(tmp_path, with_timm=with_timm)
-    assert training_costs(model_of(tmp_path, path=f"open_clip:{name}"), 16, ALL).per_image_token > 0
+def test_open_clip(tmp_path: Path, with_timm: bool) -> None:
+    """The same encoder as the tiny SigLIP, once with a CLS token: 17 positions for 16 features."""
+    model = model_of(tmp_path)
+    own = count_forward(build_skeleton(model, NUM_TOKENS))
+    model.vision_tower.path = f"open_clip:{tiny_open_clip(tmp_path, with_timm=with_timm)}"
+    found = count_forward(build_skeleton(model, NUM_TOKENS))
+    positions = 16 if with_timm else 17
+    mlp = 4 * 32  # open_clip's ratio; the tiny SigLIP has 2
+    assert found.patches == own.patches
+    assert found.encoder == 2 * (positions * 2 * (4 * 32**2 + 2 * 32 * mlp) + 4 * positions**2 * 32)
+
+
+# -- against PyTorch's own counter ---------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {},
+    "cpu": {
+        "text": {
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "vocab_size": 4000,
+        },
+        "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 5, "image_size": 112},
+    },
+}
+
+
+def build(model: ModelConfig, trained: tuple[str, ...], *, recompute: bool) -> MLLM:
+    dtype = torch.float32
+    assert model.language_model.path is not None
+    tower = build_vision_tower(model.vision_tower, dtype=dtype)
+    language_model = build_language_model(model.language_model.path, dtype=dtype)
+    found = MLLM(tower, Projector("mlp2x_gelu", tower.width, language_model.config.hidden_size), language_model).train()
+    for name in COMPONENTS:
+        found.get_submodule(name).requires_grad_(name in trained)
+    if recompute:
+        found.enable_activation_checkpointing()
+    return found
+
+
+def pairs_with_images(skeleton: Skeleton, count: int) -> PackedBatch:
+    image, features, size = 299, skeleton.vision_tower.num_features, skeleton.vision_tower.facts.size
+    batches = []
+    for seed in range(count):
+        prompt, chosen, rejected = random_segments([20 + 3 * seed, 31 - 2 * seed, 17 + 4 * seed], seed=seed)
+        pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        segments = [[image] * features + prompt, chosen, rejected]
+        batches.append(build_batch(segments, [-1, 0, 0], image_token_id=image, pixel_values=pixels))
+    return merge(batches, image)
+
+
+class Rectangles(NamedTuple):
+    """FLOPs of attention: as our count has them, and as PyTorch's counter has."""
+
+    ours: float
+    torchs: float
+
+
+def counted_by_torch(model: MLLM, batch: PackedBatch) -> tuple[float, float]:
+    """FLOPs of a forward and backward: (of matrix products and convolutions, of fused attention as rectangles)."""
+    with FlopCounterMode(display=False) as counter:
+        model(batch).sum().backward()
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(flops for op, flops in counts.items() if "attention" in op)
+    return float(sum(counts.values()) - attention), float(attention)
+
+
+def our_attention(skeleton: Skeleton, batch: PackedBatch, trained: tuple[str, ...], *, recompute: bool) -> Rectangles:
+    """What our count holds for attention; and the same as PyTorch counts it, which swaps the rectangles in.
+
+    It counts every query with every key of a chain, masked or not, and 2.5 forwards for a backward, since the fused
+    kernels compute the scores again there.
+    """
+    forward, tower = count_forward(skeleton), skeleton.vision_tower
+    positions = tower.num_features + int(tower.facts.has_cls)
+    encoder = batch.pixel_values.shape[0] * 4.0 * positions**2 * tower.width * tower.num_blocks
+    rectangle = sum(chain.num_queries * chain.num_keys for chain in batch.segments.chains) * forward.attention
+    own = attended(batch) * forward.attention
+    again = float(recompute)
+    vision = float("vision_tower" in trained)
+    return Rectangles(
+        ours=encoder * (1 + vision * (2 + again)) + own * (3 + again),
+        torchs=encoder * (1 + vision * (2.5 + again)) + rectangle * (3.5 + again),
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("trained", [COMPONENTS, ("projector",), ("language_model",), ("vision_tower", "projector")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_torchs_count(tmp_path: Path, shape: str, trained: tuple[str, ...], recompute: bool) -> None:
+    """Forward and backward of the real model, product by product; seen equal to the last digit."""
+    config = model_of(tmp_path, **SHAPES[shape])
+    skeleton = build_skeleton(config, NUM_TOKENS)
+    batch = pairs_with_images(skeleton, 3)
+    products, fused = counted_by_torch(build(config, trained, recompute=recompute), batch)
+    found = build_counter(skeleton, trained, activation_checkpointing=recompute).hardware(batch)
+    attention = our_attention(skeleton, batch, trained, recompute=recompute)
+    assert found - attention.ours == pytest.approx(products, rel=1e-9)
+    assert attention.torchs == pytest.approx(fused, rel=1e-9)
+
+
+# -- the limit -----------------------------------------------------------------------------------------------------
+
+
+def lengths_of(prompt: int, image: int, chosen: int, rejected: int) -> Lengths:
+    records = np.zeros(1, dtype=LENGTH_RECORD)
+    for name, value in {"prompt": prompt, "image": image, "chosen": chosen, "rejected": rejected}.items():
+        records[name] = value
+    return Lengths.from_records(records)
+
+
+@pytest.mark.parametrize(("language", "tflop"), [("qwen2.5-1.5b", 12.2), ("qwen2.5-7b", 50.3)])
+def test_a_pair_at_the_limit(tmp_path: Path, language: str, tflop: float) -> None:
+    """SigLIP-So400m/14 at 384 (729 tokens), 50 prompt tokens, 2 x 200 completion tokens, everything trained.
+
+    Found 12.11 and 50.26: layer -2 leaves out one of the 27 blocks, which is 0.07.
+    """
+    write_model(tmp_path, "siglip-so400m14-384", language)
+    tower = VisionTowerConfig(path=str(tmp_path / "vision.json"))
+    config = LanguageModelConfig(path=str(tmp_path / "language" / "config.json"))
+    skeleton = build_skeleton(ModelConfig(vision_tower=tower, language_model=config), NUM_TOKENS)
+    work = Work(lengths_of(779, 729, 200, 200), (CHOSEN, REJECTED), training_costs(skeleton, COMPONENTS))
+    assert work.costs[0] / 1e12 == pytest.approx(tflop, rel=0.01)
+
+
+def test_the_plan_counts_what_the_batch_holds(tmp_path: Path) -> None:
+    """Useful FLOPs known before a pair is read = those of the row it becomes; a dummy has none, but is run."""
+    skeleton = build_skeleton(model_of(tmp_path), NUM_TOKENS)
+    batch, counter = pairs_with_images(skeleton, 1), build_counter(skeleton, COMPONENTS, activation_checkpointing=False)
+    planned = Work(lengths_of(16 + 20, 16, 31, 17), (CHOSEN, REJECTED), counter.costs).costs[0]
+    assert counter.useful(batch) == pytest.approx(planned, rel=1e-12)
+    assert counter.hardware(batch) == pytest.approx(planned + counter.recomputed.per_target * (31 + 17), rel=1e-12)
+    dummy = replace(batch, sample_index=torch.tensor([DUMMY_SAMPLE]))
+    assert counter.useful(dummy) == 0 and counter.hardware(dummy) == counter.hardware(batch)
+
+
+def test_a_shared_image_is_encoded_once(tmp_path: Path) -> None:
+    """Two pairs about one image in a row: the encoder's work of one; a row without images has none that is useful."""
+    skeleton = build_skeleton(model_of(tmp_path), NUM_TOKENS)
+    counter = build_counter(skeleton, COMPONENTS, activation_checkpointing=False)
+    batch = pairs_with_images(skeleton, 2)
+    shared = replace(batch, pixel_values=batch.pixel_values[:1])
+    image = counter.costs.per_image_token * 16
+    assert counter.useful(batch) - counter.useful(shared) == pytest.approx(image)
+    text = replace(shared, image_positions=torch.zeros(0, dtype=torch.long))
+    assert counter.useful(shared) - counter.useful(text) == pytest.approx(image)
+    assert counter.hardware(text) == counter.hardware(shared)
+
+
+def test_the_matrix_rate_is_that_of_a_machine() -> None:
+    """Positive, and no more than ten times what it takes to multiply ourselves; quick enough for a start."""
+    started = time.perf_counter()
+    rate = measure_matmul_tflops(torch.device("cpu"), torch.float32)
+    assert time.perf_counter() - started < 5.0
+    left = torch.randn(1024, 1024)
+    before = time.perf_counter()
+    left @ left
+    own = 2 * 1024**3 / (time.perf_counter() - before) / 1e12
+    assert own / 10 < rate < 1e4

@@ -174,3 +174,13 @@ def test_running_mean_has_no_bias_at_the_start() -> None:
 def test_any_values_give_a_figure(ys: list[float], log: bool) -> None:
     svg = Chart("t", [Series("s", 1, list(range(len(ys))), ys, smooth=True)], log=log).svg()
     assert "nan" not in svg and "inf" not in svg
+
+
+def test_the_cost_is_told_beside_what_the_user_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "dpo", "dpo", questions(), held_out="sets/eval", skill=(0.3, 0.9))
+    page = write_report(run).read_text()
+    assert "3.25 GPU-hours, 7,680 pairs, 8.2 M tokens, 4.1e+17 useful FLOP" in page
+    assert "beside SigLIP pre-training: 1/2,000 of its FLOPs, 25 % of its samples" in page
+    log = (run / "log.jsonl").read_text().splitlines()
+    (run / "log.jsonl").write_text("\n".join(line for line in log if '"end"' not in line) + "\n")
+    assert "<dt>spent</dt><dd>-</dd>" in write_report(run).read_text()

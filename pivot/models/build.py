@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from pivot.config import COMPONENTS, Config, ModelConfig
-from pivot.geometry import OPEN_CLIP, read_config, read_vision_config
+from pivot.geometry import OPEN_CLIP, read_config, read_text_config, read_vision_config
 from pivot.models.convert import is_llava, load_llava
 from pivot.models.language import build_language_model, fit_vocabulary
 from pivot.models.mllm import MLLM
@@ -87,7 +87,7 @@ def _require_folder(path: str) -> None:
 def _require_same_shape(name: str, path: str, init_from: str) -> None:
     if path.startswith(OPEN_CLIP):
         raise ValueError(f"model.{name}.path: {path} and init_from: {init_from} both name it; leave one out")
-    read: Callable[[str], Any] = read_vision_config if name == "vision_tower" else _read_text_config
+    read: Callable[[str], Any] = read_vision_config if name == "vision_tower" else read_text_config
     ours, theirs = read(path), read(init_from)
     for field in _SHAPE:
         found, expected = getattr(ours, field, None), getattr(theirs, field, None)
@@ -98,11 +98,6 @@ def _require_same_shape(name: str, path: str, init_from: str) -> None:
             )
 
 
-def _read_text_config(path: str) -> Any:
-    config = read_config(path, "model.language_model.path")
-    return getattr(config, "text_config", config)
-
-
 def build_mllm(
     sources: Sources,
     processor: Processor,
@@ -111,10 +106,12 @@ def build_mllm(
     dtype: torch.dtype,
     loading: Callable[[], AbstractContextManager],
     gather: Callable[[list[nn.Parameter]], AbstractContextManager],
+    attention: str = "sdpa",
 ) -> MLLM:
     """The model, on the CPU, parts without weights drawn from `seed` (the same on every rank).
 
-    `loading` wraps what reads weights (ZeRO-3 partitions them there); `gather` gives whole values of such.
+    `loading` wraps what reads weights (ZeRO-3 partitions them there); `gather` gives whole values of such. `attention`
+    names the back end of the prefix trees.
     """
     model, taken = sources.model, sources.taken
     torch.manual_seed(seed)
@@ -136,7 +133,9 @@ def build_mllm(
         if sources.from_parts and "projector" in taken:
             assert sources.init_from is not None
             load_projector(sources.init_from, parts["projector"], dtype)
-    return MLLM(parts["vision_tower"], parts["projector"], parts["language_model"])
+    mllm = MLLM(parts["vision_tower"], parts["projector"], parts["language_model"])
+    mllm.use_attention(attention)
+    return mllm
 
 
 def weights_fingerprint(sources: Sources, *, seed: int) -> str:

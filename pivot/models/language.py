@@ -57,8 +57,13 @@ def fit_vocabulary(language_model: PreTrainedModel, num_tokens: int) -> bool:
     Rows are padded to a multiple of 64. New ones are drawn afresh rather than from the others' mean and covariance,
     which under ZeRO-3 would need the whole matrix on each rank.
     """
-    config = language_model.config
-    if num_tokens <= config.vocab_size:
+    size = padded_vocabulary(language_model.config.vocab_size, num_tokens)
+    if size == language_model.config.vocab_size:
         return False
-    language_model.resize_token_embeddings(num_tokens, mean_resizing=False, pad_to_multiple_of=64)
+    language_model.resize_token_embeddings(size, mean_resizing=False)
     return True
+
+
+def padded_vocabulary(vocab_size: int, num_tokens: int) -> int:
+    """Rows that the embeddings have once each of the tokenizer's tokens has one."""
+    return vocab_size if num_tokens <= vocab_size else -(-num_tokens // 64) * 64

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pivot.batch import PackedBatch
 from pivot.logprobs import LMHead
-from pivot.models.attention import TREE_ATTENTION
+from pivot.models.attention import registered_name
 from pivot.models.projector import Projector
 from pivot.models.vision import VisionTower
 
@@ -25,6 +25,7 @@ class MLLM(nn.Module):
 
     vision_tower: VisionTower
     projector: Projector
+    attention: str  # the back end of the language model's prefix trees
     language_model: Any  # transformers' *ForCausalLM have no common type with .model and .lm_head
 
     def __init__(self, vision_tower: VisionTower, projector: Projector, language_model: Any) -> None:
@@ -33,8 +34,13 @@ class MLLM(nn.Module):
         self.projector = projector
         self.language_model = language_model
         language_model.lm_head = LMHead.from_linear(language_model.lm_head)
-        language_model.set_attn_implementation(TREE_ATTENTION)
+        self.use_attention("sdpa")
         disable_dropout(self)
+
+    def use_attention(self, backend: str) -> None:
+        """Run the trees on this back end; `choose_attention` says which are there."""
+        self.attention = backend
+        self.language_model.set_attn_implementation(registered_name(backend))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """float32[N]: the log-probability of each target. One call of each module, whatever the batch holds.

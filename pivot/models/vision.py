@@ -137,7 +137,7 @@ def wrap_encoder(
     kept = dict(model.named_parameters())
     gone = {name: parameter for name, parameter in whole.items() if name not in kept}
     with gather(list(gone.values())):
-        set_aside = {name: parameter.detach().to("cpu", copy=True) for name, parameter in gone.items()}
+        set_aside = {name: p.detach() if p.is_meta else p.detach().to("cpu", copy=True) for name, p in gone.items()}
     return VisionTower(model, section, facts, width=width, set_aside=set_aside, num_blocks=num_blocks)
 
 
@@ -186,21 +186,24 @@ def _resize_positions(model: Any, facts: EncoderFacts, gather: Gather) -> None:
     embeddings.image_size = config.image_size = facts.size
 
 
-def load_open_clip(section: VisionTowerConfig) -> Any:
+def load_open_clip(section: VisionTowerConfig, *, with_weights: bool = True) -> Any:
     """The whole CLIP in float32, unpartitioned: open_clip's loader cannot fill partitioned parameters. Under ZeRO-3
-    each rank so first holds a full copy of the encoder; DeepSpeed partitions it when the engine is built."""
+    each rank so first holds a full copy of the encoder; DeepSpeed partitions it when the engine is built. Without
+    weights: its shapes alone, on the meta device."""
     import open_clip
 
     assert section.path is not None
     name, weights = split_open_clip(section.path)
+    settings = {} if with_weights else {"load_weights": False, "device": "meta"}
     try:
         return open_clip.create_model(
             name,
             pretrained=weights,
             pretrained_text=False,
             force_image_size=section.image_size,
-            require_pretrained=weights is not None or ":" in name,
+            require_pretrained=with_weights and (weights is not None or ":" in name),
             weights_only=True,
+            **settings,
         )
     except (RuntimeError, OSError, KeyError) as error:
         raise ValueError(f"model.vision_tower.path: {section.path}: {error}") from error

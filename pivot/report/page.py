@@ -18,6 +18,7 @@ from PIL import Image
 
 from pivot.config import COMPONENTS
 from pivot.config_load import to_yaml
+from pivot.costs import describe
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval
@@ -315,6 +316,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("ZeRO stage", str(start.get("zero_stage", "?"))),
         ("precision", str(start.get("dtype", "?")).removeprefix("torch.")),
         ("memory", f"{perf['perf/peak_memory_gib']:.1f} GiB a rank" if perf.get("perf/peak_memory_gib") else "-"),
+        ("useful share of the matrix rate", f"{100 * perf['perf/mfu']:.1f} %" if perf.get("perf/mfu") else "-"),
+        ("spent", describe(run.end, "pairs" if run.objective == "DPO" else "samples") if "flops" in run.end else "-"),
         ("seed", str(config.train.seed)),
         ("data plan", str(start.get("plan_fingerprint", "-"))[:16]),
         *((f"{name} version", str(version)) for name, version in start.get("versions", {}).items()),

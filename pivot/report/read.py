@@ -19,6 +19,7 @@ class Run:
     folder: Path
     config: Config
     start: Row  # the log's newest "start" row
+    end: Row  # its "end" row, {} as long as there is none
     steps: list[Row]  # in order, the newest of each step
     evaluations: list[Row]
     answers: dict[tuple[int, int], Row]  # (step, data row) -> what samples.jsonl has
@@ -66,6 +67,7 @@ def read_run(folder: str | Path) -> Run:
         folder=folder,
         config=load_config(folder / "config.yaml"),
         start=next((row for row in reversed(rows) if row.get("event") == "start"), {}),
+        end=next((row for row in reversed(rows) if row.get("event") == "end"), {}),
         steps=_newest(row for row in rows if "event" not in row),
         evaluations=_newest(row for row in rows if row.get("event") == "eval"),
         answers={(row["step"], row["row"]): row for row in _read_lines(folder / "samples.jsonl")},

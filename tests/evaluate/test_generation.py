@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from pivot.config import Config
 from pivot.evaluate.generation import generate, stock_attention
-from pivot.models.attention import TREE_ATTENTION
+from pivot.models.attention import registered_name
 from pivot.models.build import build_mllm, settle_sources
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor, build_processor
@@ -97,4 +97,4 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         assert not model.training and model.language_model.config._attn_implementation == "sdpa"
         raise KeyError
     assert model.training and model.language_model.model.training
-    assert model.language_model.config._attn_implementation == TREE_ATTENTION
+    assert model.language_model.config._attn_implementation == registered_name("sdpa")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def test_check_shows_what_would_run_and_leaves_nothing(folder: Path, capsys: pyt
     assert command(folder, "--check") == 0
     shown = capsys.readouterr().out
     assert "24 of 24 samples" in shown
+    assert re.search(r"memory     about [\d.]+ of [\d.]+ GiB a rank: weights .*, activations", shown)
+    assert re.search(r"work       [\d.]+ MFLOP a pair, [\d.]+ MFLOP in all", shown)
     assert "vision_tower 0.0001, projector 0.001, language_model 0.0001" in shown
     assert not (folder / "run").exists()
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from pivot.batch import Segments
-from pivot.models.attention import TREE_ATTENTION, tree_attention
+from pivot.models.attention import choose_attention, registered_name, tree_attention, varlen
+from pivot.models.attention.choice import compare_with_sdpa
+from pivot.models.attention.sdpa import sdpa
+from pivot.models.attention.varlen import over_chains
 from tests.tiny import tiny_text_config
 from tests.trees import TREES, build_batch, random_segments, unroll
 
@@ -75,7 +80,7 @@ def test_tree_equals_separate_sequences(name: str, kind: str, checkpointing: boo
     expected_grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
 
-    model.set_attn_implementation(TREE_ATTENTION)
+    model.set_attn_implementation(registered_name("sdpa"))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -93,7 +98,7 @@ def test_tree_equals_separate_sequences(name: str, kind: str, checkpointing: boo
 def test_attention_without_segments_is_refused() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_text_config())
-    model.set_attn_implementation(TREE_ATTENTION)
+    model.set_attn_implementation(registered_name("sdpa"))
     with pytest.raises(ValueError, match="pass segments=batch.segments"):
         model(torch.tensor([[1, 2, 3]]))
 
@@ -112,3 +117,120 @@ def test_no_mask_is_as_large_as_the_row() -> None:
     states = torch.randn(1, 1, 910, 8)
     tree_attention(torch.nn.Identity(), states, states, states, None, segments=segments)
     assert [tuple(mask.shape) for mask in segments.cache.values()] == [(5, 905)]
+
+
+def bottom_right(q, k, v, cu_q, cu_k, max_q, max_k, *, shift: int = 0, scale: float | None = None):
+    """What variable-length FlashAttention is specified to compute, in plain torch; `shift` misaligns the mask."""
+    outputs, groups = [], q.shape[1] // k.shape[1]
+    for i in range(len(cu_q) - 1):
+        one = q[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
+        keys, values = (x[cu_k[i] : cu_k[i + 1]].transpose(0, 1).repeat_interleave(groups, 0) for x in (k, v))
+        assert one.shape[1] <= max_q and keys.shape[1] <= max_k
+        mask = torch.ones(one.shape[1], keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - one.shape[1] + shift)
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(one, keys, values, mask, scale=scale))
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def random_row(segments: Segments, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(1, n, segments.num_tokens, 8, generator=generator).to(dtype).requires_grad_() for n in (4, 2, 2)
+    ]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_one_call_over_all_chains_equals_sdpa(name: str) -> None:
+    """Gathered keys and cumulative lengths, values and gradients; the same sums in another order (seen 2e-7)."""
+    lengths, parents = TREES[name]
+    ends = np.cumsum(lengths)
+    segments = Segments(ends - lengths, ends, np.asarray(parents))
+    expected, found = random_row(segments), random_row(segments)
+    weight = torch.randn(1, segments.num_tokens, 4, 8, generator=torch.Generator().manual_seed(1))
+    wanted, got = sdpa(*expected, segments, None), over_chains(bottom_right, *found, segments)
+    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=0)
+    for output in (wanted, got):
+        (output * weight).sum().backward()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=5e-6, rtol=0)
+
+
+def test_a_layout_travels_with_the_batch() -> None:
+    batch = build_batch(random_segments([6, 4, 5]), [-1, 0, 0])
+    moved = batch.to(torch.device("meta"))
+    layout = moved.segments.layout
+    assert {layout.cu_queries.device.type, layout.cu_keys.device.type, layout.key_index.device.type} == {"meta"}
+    assert batch.segments.layout.cu_queries.tolist() == [0, 10, 15]
+    assert batch.segments.layout.cu_keys.tolist() == [0, 10, 21]
+    assert batch.segments.layout.key_index.tolist() == [*range(10), *range(6), *range(10, 15)]
+    assert moved.segments == batch.segments or moved.segments.start is batch.segments.start
+    assert build_batch(random_segments([6, 4]), [-1, -1]).segments.layout.key_index is None
+
+
+def over(shift: int):
+    def backend(query, key, value, segments, scaling):
+        call = partial(bottom_right, shift=shift, scale=scaling)
+        return over_chains(call, query, key, value, segments)
+
+    return backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_a_back_end_that_equals_sdpa_may_run(dtype: torch.dtype) -> None:
+    shape = {"device": torch.device("cpu"), "dtype": dtype, "heads": 4, "key_heads": 2, "head_size": 16}
+    assert compare_with_sdpa(over(0), *shape.values()) is None
+    for shift in (-1, 1):  # one key too few, one too many
+        assert "differs from SDPA's" in compare_with_sdpa(over(shift), *shape.values())
+
+
+def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"device": torch.device("cpu"), "dtype": torch.float32, "heads": 4, "key_heads": 2, "head_size": 16}
+    choice = choose_attention("auto", **shape)
+    assert choice.name == "sdpa"
+    assert str(choice) == "sdpa (torch_varlen: needs a GPU; flash_attn: needs a GPU)"
+    with pytest.raises(ValueError, match=r"train.attention: flash_attn does not work here \(needs a GPU\); take auto"):
+        choose_attention("flash_attn", **shape)
+    with pytest.raises(ValueError, match="found 'flash', expected one of auto, sdpa"):
+        choose_attention("flash", **shape)
+
+
+@pytest.mark.parametrize("signature", ["torch 2.10", "torch 2.12", "torch 2.15"])
+def test_adapts_to_the_signature_that_torch_has(signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `scale` queries are scaled beforehand, without `enable_gqa` the keys' heads are repeated."""
+
+    def v210(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        assert is_causal and key.shape[1] == query.shape[1]
+        return bottom_right(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+    def v212(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert window_size == (-1, 0) and key.shape[1] == query.shape[1]
+        return bottom_right(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale)
+
+    def v215(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
+        assert window_size == (-1, 0) and enable_gqa and key.shape[1] == 2
+        return bottom_right(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale)
+
+    function = {"torch 2.10": v210, "torch 2.12": v212, "torch 2.15": v215}[signature]
+    varlen._torch_function.cache_clear()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    try:
+        segments = build_batch(random_segments([6, 4, 5]), [-1, 0, 0]).segments
+        states = random_row(segments)
+        torch.testing.assert_close(
+            varlen.torch_varlen(*states, segments, 0.7), sdpa(*states, segments, 0.7), atol=2e-6, rtol=0
+        )
+    finally:
+        varlen._torch_function.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch_varlen", "flash_attn"])
+def test_flash_attention_on_a_gpu(name: str) -> None:
+    shape = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "heads": 8, "key_heads": 2, "head_size": 64}
+    try:
+        assert choose_attention(name, **shape).name == name
+    except ValueError as error:
+        if "not installed" not in str(error):
+            raise
+        pytest.skip(str(error))

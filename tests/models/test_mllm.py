@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from pivot.batch import PackedBatch
+from pivot.data.collate import Example, collate
+from pivot.geometry import ImageGeometry
 from pivot.models.mllm import MLLM
+from pivot.processor import EncodedPair
 from tests.ranks.scenarios import build_plain, merge, pair
 from tests.tiny import tiny_llava
 from tests.trees import build_batch, random_segments, unroll
@@ -115,6 +119,36 @@ def test_packing_changes_nothing(tmp_path: Path) -> None:
     alone, expected = _logps_and_gradients(model, rows)
     packed, found = _logps_and_gradients(model, [merge(rows, image)])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+    whole = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    assert all(float((found[name] - grad).norm() / whole) < 1e-5 for name, grad in expected.items())
+
+
+def _four_pairs_about_one_image(image_token_id: int) -> list[Example]:
+    """And a stranger among them, which ends the tree for those behind it."""
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    examples = []
+    for number, image in enumerate((0, 0, 1, 0, 0)):
+        question, chosen, rejected = random_segments([3 + number, 4, 6 - number], seed=number)
+        prompt = np.array([5, *[image_token_id] * 16, *question])
+        encoded = EncodedPair(prompt, {"chosen": np.array(chosen), "rejected": np.array(rejected)}, 1)
+        examples.append(Example(number, encoded, [pixels[image]], [str(image)]))
+    return examples
+
+
+def test_image_trees_change_nothing_but_the_work(tmp_path: Path) -> None:
+    """Image, questions, completions in one tree against a tree a pair: log-probs to 1e-5, gradients to 1e-5."""
+    tiny_llava(tmp_path)
+    model, image = build_plain(tmp_path)
+    geometry = ImageGeometry(size=32, num_tokens=16, mean=(0.5,) * 3, std=(0.5,) * 3, fit="squash")
+    rows = {}
+    for trees in (False, True):
+        rows[trees] = collate(
+            _four_pairs_about_one_image(image), ("chosen", "rejected"), geometry, image, image_trees=trees
+        )
+    assert rows[False].num_tokens - rows[True].num_tokens == 2 * 17  # the prefix of the second, and of the last pair
+    alone, expected = _logps_and_gradients(model, [rows[False]])
+    together, found = _logps_and_gradients(model, [rows[True]])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     whole = torch.stack([grad.norm() for grad in expected.values()]).norm()
     assert all(float((found[name] - grad).norm() / whole) < 1e-5 for name, grad in expected.items())
 

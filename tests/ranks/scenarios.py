@@ -105,7 +105,12 @@ def run_step(
         outcome = objective(engine(row), row, reference)
         loss = sum(weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values())
         engine.backward(loss, last=number == len(rows) - 1)
-    return engine.step(step, measure=True) if update else {}
+    if not update:
+        return {}
+    metrics, squares = engine.step(step, measure=True), engine.squares()
+    for value in squares.values():
+        dist.all_reduce(value)
+    return metrics | engine.norms({name: float(value) for name, value in squares.items()})
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch.distributed as dist
 
 from pivot.config import Config
 from pivot.config_load import load_config
+from pivot.scoring import make_references
 from pivot.train import train
 
 RUN = """
@@ -91,6 +93,46 @@ def spoil_reference(folder: Path) -> None:
         np.save(file, records)
 
 
+def references(folder: Path) -> None:
+    """The command fills an own cache, says at once that it is complete, and training finds everything there."""
+    changes = {"data.cache_dir": f"{folder}/scored-cache", "objective.dpo.reference_per_token": "true"}
+    for name in ("the command", "the command again", "a run behind it"):
+        if dist.get_rank() == 0:
+            print(f"--- {name}", flush=True)
+        if name.startswith("the"):
+            make_references(config_of(folder, "scored", **changes))
+        else:
+            train(config_of(folder, "scored", **changes, **{"train.max_steps": "1"}))
+    if dist.get_rank() == 0:
+        print("--- end", flush=True)
+
+
+class Pressed:
+    """Stands for StopSignal: rank 1 alone gets a signal, during the second step."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    @property
+    def received(self) -> str | None:
+        self._asked += 1
+        return "SIGUSR2" if dist.get_rank() == 1 and self._asked >= 2 else None  # asked once a step
+
+
+def stopping(folder: Path) -> None:
+    """A signal on one rank ends the run on all, at the same step, with a checkpoint; the run then goes on to its end.
+
+    Two steps are traced meanwhile, and the costs are counted over both parts.
+    """
+    changes = {"checkpoint.every_steps": "0", "log.profile_steps": "2"}
+    changes |= {"log.compare": "{name: a pre-training, flops: 1e12, samples: 3000, gpu_hours: 10}"}
+    with mock.patch("pivot.train.StopSignal", Pressed):
+        status = train(config_of(folder, "stopped", **changes))
+    saved = sorted(path.name for path in (folder / "stopped" / "checkpoints").glob("step-*"))
+    (folder / f"stopped-{dist.get_rank()}.txt").write_text(f"{status} {saved}")
+    train(config_of(folder, "stopped", **changes))
+
+
 def everything(folder: Path) -> None:
-    for scenario in (resume, refusals):
+    for scenario in (resume, refusals, references, stopping):
         scenario(folder)
