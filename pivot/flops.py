@@ -15,6 +15,8 @@ from torch import nn
 
 from pivot.batch import DUMMY_SAMPLE, PackedBatch
 from pivot.data.units import Costs
+from pivot.logprobs import keeps_logits
+from pivot.models.last_block import reads_at_targets, tail
 from pivot.models.skeleton import Skeleton
 
 MEASURE_S = {"cpu": 0.15, "cuda": 0.3}
@@ -31,8 +33,10 @@ class Forward:
     encoder_last: float  # an image: of these, each block's last product, where recomputing a block may stop
     projector_in: float  # an image token: the first layer
     projector_rest: float
-    blocks: float  # a token: the language model's
+    blocks: float  # a token: the language model's, but for what runs at targets alone
     blocks_last: float
+    tail: float  # a target: the last block's MLP, where the model reads at targets; else it is in `blocks`
+    tail_last: float
     attention: float  # a query that attends to a key, over all layers
     head: float  # a target
 
@@ -44,6 +48,10 @@ def count_forward(skeleton: Skeleton) -> Forward:
     positions = grid + int(tower.facts.has_cls)
     encoder, encoder_last = _block_flops(skeleton.encoder_blocks())
     blocks, blocks_last = _block_flops(language_model.model.layers)
+    tail_flops = tail_last = 0.0
+    if reads_at_targets(language_model.config):
+        matrices = [2.0 * p.numel() for p in tail(language_model.model.layers[-1])]
+        tail_flops, tail_last = sum(matrices), matrices[-1]
     first, *rest = (2.0 * p.numel() for p in skeleton.projector.parameters() if p.ndim == 2)
     convolutions = [m for m in tower.model.modules() if isinstance(m, nn.Conv2d)]
     queries = skeleton.head_size * int(skeleton.text_config.num_attention_heads)
@@ -53,8 +61,10 @@ def count_forward(skeleton: Skeleton) -> Forward:
         encoder_last=positions * encoder_last,
         projector_in=first,
         projector_rest=sum(rest),
-        blocks=blocks,
-        blocks_last=blocks_last,
+        blocks=blocks - tail_flops,
+        blocks_last=blocks_last - tail_last,
+        tail=tail_flops,
+        tail_last=tail_last,
         attention=4.0 * len(language_model.model.layers) * queries,
         head=2.0 * language_model.lm_head.weight.numel(),
     )
@@ -81,7 +91,7 @@ def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
     return Costs(
         per_token=(1 + through + language) * forward.blocks,
         per_image_token=encoder / tokens_per_image + image_token,
-        per_target=(1 + through + language) * forward.head,
+        per_target=(1 + through + language) * (forward.tail + forward.head),
         per_attention=(1 + 2 * through) * forward.attention,
     )
 
@@ -95,6 +105,8 @@ class Counter:
 
     costs: Costs
     recomputed: Costs
+    logits: float  # a target: computed again in backward, unless they were few enough to be kept
+    vocabulary: int
     tokens_per_image: int
 
     def useful(self, batch: PackedBatch) -> float:
@@ -105,7 +117,9 @@ class Counter:
 
     def hardware(self, batch: PackedBatch) -> float:
         """All that is run for a micro-batch: dummies, and what is computed again."""
-        return sum(self._count(costs, batch, batch.pixel_values.shape[0]) for costs in (self.costs, self.recomputed))
+        targets, images = batch.target_ids.shape[0], batch.pixel_values.shape[0]
+        logits = 0.0 if keeps_logits(targets, self.vocabulary) else self.logits * targets
+        return logits + sum(self._count(costs, batch, images) for costs in (self.costs, self.recomputed))
 
     def _count(self, costs: Costs, batch: PackedBatch, images: int) -> float:
         return (
@@ -127,7 +141,7 @@ def attended(batch: PackedBatch) -> float:
 
 
 def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool) -> Counter:
-    """What is computed twice: the head's logits always, with `activation_checkpointing` the blocks that train.
+    """What is computed twice: the head's logits where they are many, with `activation_checkpointing` the blocks.
 
     A block is recomputed up to its last product, whose output backward does not need.
     """
@@ -137,10 +151,11 @@ def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_chec
     recomputed = Costs(
         per_token=blocks * (forward.blocks - forward.blocks_last),
         per_image_token=vision * (forward.encoder - forward.encoder_last) / tokens_per_image,
-        per_target=forward.head,
+        per_target=blocks * (forward.tail - forward.tail_last),
         per_attention=blocks * forward.attention,
     )
-    return Counter(training_costs(skeleton, trained), recomputed, tokens_per_image)
+    vocabulary = int(skeleton.language_model.lm_head.weight.shape[0])
+    return Counter(training_costs(skeleton, trained), recomputed, forward.head, vocabulary, tokens_per_image)
 
 
 def describe_flops(flops: float) -> str:

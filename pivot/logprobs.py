@@ -16,6 +16,10 @@ from torch.nn import functional as F
 CHUNK_LOGITS = 2**25
 
 
+# Logits that are no more than this are kept for backward instead of being computed twice: 16 MiB at the most.
+KEPT_LOGITS = 2**22
+
+
 class _TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target], recomputing the logits chunk by chunk in backward."""
 
@@ -27,13 +31,14 @@ class _TokenLogps(torch.autograd.Function):
             logits = F.linear(hidden[rows], weight, bias).float()  # [chunk, V]
             normalizer[rows] = torch.logsumexp(logits, dim=-1)
             logps[rows] = logits.gather(1, target_ids[rows, None])[:, 0] - normalizer[rows]
-        ctx.save_for_backward(hidden, weight, bias, target_ids, normalizer)
+        keep = hidden.shape[0] and keeps_logits(hidden.shape[0], weight.shape[0])
+        ctx.save_for_backward(hidden, weight, bias, target_ids, normalizer, logits if keep else None)
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad_logps,) = grads
-        hidden, weight, bias, target_ids, normalizer = ctx.saved_tensors
+        hidden, weight, bias, target_ids, normalizer, kept_logits = ctx.saved_tensors
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         # Blocks of words, not of rows: each word's gradient is then one matrix product over all targets, written where
         # it belongs. Blocks of rows would need a second gradient of the head, in fp32, to add up in.
@@ -41,9 +46,12 @@ class _TokenLogps(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
         for words in _chunks(weight.shape[0], hidden.shape[0]):
-            logits = F.linear(hidden, weight[words], None if bias is None else bias[words]).float()  # [N, words]
+            if kept_logits is None:
+                logits = F.linear(hidden, weight[words], None if bias is None else bias[words]).float()  # [N, words]
+            else:
+                logits = kept_logits
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-grad_logps[:, None])
+            grad_logits = (logits - normalizer[:, None]).exp_().mul_(-grad_logps[:, None])
             inside = (target_ids >= words.start) & (target_ids < words.stop)
             column = (target_ids - words.start).clamp(0, words.stop - words.start - 1)
             grad_logits.scatter_add_(1, column[:, None], torch.where(inside, grad_logps, 0.0)[:, None])
@@ -55,6 +63,11 @@ class _TokenLogps(torch.autograd.Function):
             if grad_weight is not None:
                 torch.mm(grad_logits.T, hidden, out=grad_weight[words])
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None
+
+
+def keeps_logits(num_targets: int, vocabulary: int) -> bool:
+    """Whether backward finds the logits of so few targets, rather than computing them again."""
+    return num_targets * vocabulary <= min(KEPT_LOGITS, CHUNK_LOGITS)
 
 
 def _chunks(length: int, across: int) -> list[slice]:

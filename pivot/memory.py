@@ -149,7 +149,7 @@ def _head_bytes(setup: Setup) -> float:
     """Logits of a chunk and their gradient, twice in fp32 and once in the run's precision, and the head's gradient."""
     head = setup.skeleton.language_model.lm_head.weight
     chunk = min(setup.row.targets * head.shape[0], CHUNK_LOGITS)
-    gradient = 4.0 * head.numel() if "language_model" in setup.trained else 0.0
+    gradient = setup.dtype.itemsize * head.numel() if "language_model" in setup.trained else 0.0
     return chunk * (8.0 + setup.dtype.itemsize) + gradient
 
 
@@ -210,6 +210,9 @@ def _remedy(setup: Setup, there: float, advice: str) -> str:
     return f"lower train.max_tokens_per_micro_batch; {advice or 'freeze a component (optim.COMPONENT.lr=null)'}"
 
 
+# Of a device's memory: the driver's context, NCCL's buffers and the allocator's gaps are in no estimate, and nobody should
+# be sent to a stage that fits on paper alone.
+COMFORTABLE = 0.9
 WHY_LOWER = {
     2: "ZeRO-2 sends gradients in every micro-batch, ZeRO-1 once a step",
     3: "ZeRO-3 sends every weight twice in every micro-batch",
@@ -222,7 +225,7 @@ def _advise(setup: Setup, there: float, where: str) -> str:
     alone = setup.world_size == 1  # nothing to share, and nothing to send
     stages = (2,) if alone else (1, 2, 3)  # 2: less than 1 for bf16, since its gradients go at once
     fitting = {stage: estimate(setup.at_stage(stage)).total for stage in stages}
-    fitting = {stage: total for stage, total in fitting.items() if total <= there}
+    fitting = {stage: total for stage, total in fitting.items() if total <= COMFORTABLE * there}
     if not fitting:
         if offloads and estimate(setup).total <= there:
             return ""

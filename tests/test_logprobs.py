@@ -23,10 +23,13 @@ def _problem(num_targets: int, width: int = 16, vocabulary: int = 50, bias: bool
     return hidden, head, targets, torch.randn(num_targets, generator=generator)
 
 
+@pytest.mark.parametrize("kept", [0, 2**22], ids=["computed again", "kept"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
-def test_equals_log_softmax_in_float64(chunk_rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_log_softmax_in_float64(chunk_rows: int, bias: bool, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk_rows * 50)
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", kept)
+    assert logprobs.keeps_logits(7, 50) == (kept > 0 and chunk_rows == 100)
     hidden, head, targets, weights = _problem(7, bias=bias)
     logps = head(hidden, targets)
     (logps * weights).sum().backward()

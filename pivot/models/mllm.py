@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pivot.batch import PackedBatch
 from pivot.logprobs import LMHead
 from pivot.models.attention import registered_name
+from pivot.models.last_block import read_at_targets, reads_at_targets
 from pivot.models.projector import Projector
 from pivot.models.vision import VisionTower
 
@@ -34,6 +35,9 @@ class MLLM(nn.Module):
         self.projector = projector
         self.language_model = language_model
         language_model.lm_head = LMHead.from_linear(language_model.lm_head)
+        self._reads_at_targets = reads_at_targets(language_model.config)
+        if self._reads_at_targets:
+            read_at_targets(language_model)
         self.use_attention("sdpa")
         disable_dropout(self)
 
@@ -52,13 +56,17 @@ class MLLM(nn.Module):
         embeddings = self.language_model.get_input_embeddings()(batch.token_ids)  # [T, D]
         chosen = features[batch.feature_index].to(embeddings.dtype)  # [F, D]
         embeddings = embeddings.index_copy(0, batch.image_positions, chosen)
+        where = {"positions": batch.target_positions} if self._reads_at_targets else {}
         hidden = self.language_model.model(
             inputs_embeds=embeddings[None],
             position_ids=batch.position_ids[None],
             segments=batch.segments,
             use_cache=False,
-        ).last_hidden_state[0]  # [T, D]
-        return self.language_model.lm_head(hidden[batch.target_positions], batch.target_ids)
+            **where,
+        ).last_hidden_state[0]  # [N, D], or [T, D]
+        if not self._reads_at_targets:
+            hidden = hidden[batch.target_positions]
+        return self.language_model.lm_head(hidden, batch.target_ids)
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute blocks in backward. Never reentrant: that starves an encoder whose pixels carry no gradient."""

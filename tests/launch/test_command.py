@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.command import main
+from launch.command import main, report
+from pivot import checkpoint
 from pivot.config import REPOSITORY
+from pivot.distributed import FailedElsewhere
 from tests.data.fakes import make_set
 from tests.tiny import tiny_llava
 
@@ -127,6 +129,28 @@ def test_scripts_start_from_anywhere(script: str, tmp_path: Path) -> None:
     path = REPOSITORY / "launch" / f"{script}.py"
     done = subprocess.run([sys.executable, "-S", path, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "CONFIG" in done.stdout
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError) as found:
+        checkpoint._require_space(tmp_path, 2**60)
+    assert report(found.value) == 1
+    told = capsys.readouterr().err
+    assert f"{tmp_path}: No space left on device (a checkpoint takes {2**30:.2f} GiB" in told
+    assert "the same command goes on" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FailedElsewhere("opening run failed on rank 0: ConfigError: data.train: ..."),
+        RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:24739"),
+    ],
+)
+def test_another_ranks_error_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    """That rank tells the whole; a traceback from here would bury it."""
+    assert report(error) == 1
+    assert capsys.readouterr().err == f"[rank 0] {error}\n"
 
 
 def test_one_step_without_a_launcher(folder: Path) -> None:

@@ -65,6 +65,11 @@ def test_a_finished_run_trains_nothing(runs: Path) -> None:
     assert len([row for row in rows(runs, "damaged") if row.get("event") == "start"]) == 1
 
 
+def test_nothing_is_compiled(runs: Path) -> None:
+    """DeepSpeed says so when it has: the runs, ZeRO-3 among them, need no compiler."""
+    assert "built successfully" not in (runs / "everything-rank0.log").read_text()
+
+
 def test_first_loss_is_that_of_equal_models(runs: Path) -> None:
     """0.8 ln 2 for sigmoid, 0.2 * 2 ln 2 for BCO (two terms at reward 0), and the NLL as measured on its own."""
     row = steps(runs, "unbroken")[1]

@@ -32,9 +32,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling:
                 is_causal=not chain.prefix,
                 scale=scaling,
                 enable_gqa=groups > 1,
-            )
+            ).transpose(1, 2)  # as it lies in memory, so that the row is put together without another copy
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=1)
 
 
 def _gather(pieces: tuple[Tensor, ...], chains: tuple[Chain, ...], number: int) -> Tensor:
