@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-all check shards bench sft dpo demo-start demo-sft demo-dpo clean
+.PHONY: help venv test test-all check shards bench bench-data sft dpo demo-start demo-sft demo-dpo clean
 
 CONFIG ?=
 ARGS ?=
@@ -56,7 +56,10 @@ shards: $(ENVIRONMENT)  ## Pack a data set: SRC=folder-or-file OUT=folder ARGS="
 	  echo 'SRC or OUT is absent: make shards SRC=MMPR-v1.2 OUT=shards/mmpr [ARGS="--image-root DIR"]' >&2; exit 2; fi
 	@"$$PYTHON" -m data_tools pack "$$SRC" --out "$$OUT" $(if $(strip $(NPROC)),--workers "$$NPROC") $(ARGS)
 
-bench: $(ENVIRONMENT)  ## Measure how fast samples are read, on one core
+bench: $(ENVIRONMENT)  ## Measure DPO steps beside TRL's: a table and a plot in docs/ (about 8 minutes; an idle machine)
+	@"$$PYTHON" benchmarks/dpo_step.py --against trl --table docs/dpo_step.md --plot docs/images/dpo_step.png $(ARGS)
+
+bench-data: $(ENVIRONMENT)  ## Measure how fast samples are read, on one core
 	@"$$PYTHON" benchmarks/data_loading.py $(ARGS)
 
 sft:  ## The demo chain up to SFT; with CONFIG=run.yaml that SFT run alone

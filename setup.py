@@ -24,6 +24,7 @@ TEST = [
     "trl>=1.16",  # losses are compared to its own
     "datasets",  # opens every shard that is packed
     "fsspec[http]",
+    "matplotlib",  # plots of the benchmarks
 ]
 CHECK = ["ruff", "mypy"]
 

@@ -17,11 +17,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only-ratio", action="store_true", help="do not switch our savings off one by one")
     parser.add_argument("--case", type=Path, help="keep models and data here, and take them from here the next time")
     parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--table", type=Path, help="write the table here (Markdown)")
     parser.add_argument("--plot", type=Path, help="write a bar chart here (.png or .svg)")
     return parser.parse_args()
 
@@ -256,6 +259,9 @@ def main() -> int:
     print("\n" + show(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.table:
+        given = shlex.join(sys.argv[1:])
+        options.table.write_text(f"`python benchmarks/dpo_step.py {given}`, {date.today()}\n\n{show(found)}\n")
     if options.plot:
         draw(found, options.plot)
     difference = found.get("max_loss_difference", 0.0)

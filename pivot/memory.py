@@ -210,8 +210,8 @@ def _remedy(setup: Setup, there: float, advice: str) -> str:
     return f"lower train.max_tokens_per_micro_batch; {advice or 'freeze a component (optim.COMPONENT.lr=null)'}"
 
 
-# Of a device's memory: the driver's context, NCCL's buffers and the allocator's gaps are in no estimate, and nobody should
-# be sent to a stage that fits on paper alone.
+# Of a device's memory: the driver's context, NCCL's buffers and the allocator's gaps are in no estimate, and nobody
+# should be sent to a stage that fits on paper alone.
 COMFORTABLE = 0.9
 WHY_LOWER = {
     2: "ZeRO-2 sends gradients in every micro-batch, ZeRO-1 once a step",
