@@ -31,6 +31,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 import numpy as np
 import torch
 import webdataset
+from cases import photograph
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -63,22 +64,6 @@ WORDS = [
 ]
 
 
-def photograph(number: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A JPEG of quality 90, about 0.3 bytes a pixel."""
-    random = np.random.default_rng(number)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
-    frequency[0, 0] = 1.0
-    channels = []
-    for _ in range(3):
-        noise = np.fft.ifft2(np.fft.fft2(random.standard_normal((height, width))) / frequency**1.32).real
-        channels.append(noise / noise.std())
-    grey = channels[0]
-    pixels = np.stack([grey + 0.25 * channel for channel in channels], axis=-1) * 48 + 120
-    file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
 def sentence(random: np.random.Generator, words: int) -> str:
     return " ".join(random.choice(WORDS, words)) + "."
 
@@ -86,7 +71,7 @@ def sentence(random: np.random.Generator, words: int) -> str:
 def make_set(folder: Path) -> ShardSet:
     random, rows = np.random.default_rng(0), []
     for number in range(NUM_SAMPLES):
-        (folder / f"{number}.jpg").write_bytes(photograph(number))
+        (folder / f"{number}.jpg").write_bytes(photograph(number, WIDTH, HEIGHT))
         texts = {"prompt": sentence(random, 20), "chosen": sentence(random, 90), "rejected": sentence(random, 100)}
         rows.append({"id": number, "image": f"{number}.jpg", **texts})
     (folder / "rows.json").write_text(json.dumps(rows))

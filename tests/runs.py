@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, made up in milliseconds: settings, log, sample answers, outcomes."""
+"""Runs to start, and run folders as training leaves them, made up in milliseconds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pivot.config_load import load_config, to_yaml
 from pivot.evaluate import intervals
 from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, Outcomes, SampleAnswer, keep
 from pivot.report.read import Row
+from tests.data.fakes import make_set
+from tests.tiny import tiny_llava
 
 COMPONENTS = ("vision_tower", "projector", "language_model")
 SETTINGS = """
@@ -24,6 +26,24 @@ data: {{train: {train}, eval: {held_out}}}
 optim: {{vision_tower: {{lr: 2e-5}}, projector: {{lr: 1e-4}}, language_model: {{lr: 5e-5}}}}
 train: {{global_batch_size: 64, max_steps: {steps}}}
 """
+
+
+DPO_RUN = """
+output_dir: {folder}/run
+init_from: {folder}/llava
+data: {{train: {folder}/set, cache_dir: {folder}/cache, workers: 0}}
+objective: {{dpo: {{}}}}
+optim: {{vision_tower: {{lr: 1e-4}}, projector: {{lr: 1e-3}}, language_model: {{lr: 1e-4}}}}
+train: {{global_batch_size: 4, max_steps: 1}}
+"""
+
+
+def write_dpo_run(folder: Path) -> Path:
+    """`run.yaml` of one DPO step in `folder`, with the tiny model and the 24 pairs that it names."""
+    tiny_llava(folder / "llava")
+    make_set(folder)
+    (folder / "run.yaml").write_text(DPO_RUN.format(folder=folder))
+    return folder
 
 
 def make_run(

@@ -15,26 +15,12 @@ from launch.command import main, report
 from pivot import checkpoint
 from pivot.config import REPOSITORY
 from pivot.distributed import FailedElsewhere
-from tests.data.fakes import make_set
-from tests.tiny import tiny_llava
-
-RUN = """
-output_dir: {folder}/run
-init_from: {folder}/llava
-data: {{train: {folder}/set, cache_dir: {folder}/cache, workers: 0}}
-objective: {{dpo: {{}}}}
-optim: {{vision_tower: {{lr: 1e-4}}, projector: {{lr: 1e-3}}, language_model: {{lr: 1e-4}}}}
-train: {{global_batch_size: 4, max_steps: 1}}
-"""
+from tests.runs import write_dpo_run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launch")
-    tiny_llava(folder / "llava")
-    make_set(folder)
-    (folder / "run.yaml").write_text(RUN.format(folder=folder))
-    return folder
+    return write_dpo_run(tmp_path_factory.mktemp("launch"))
 
 
 def command(folder: Path, *overrides: str, objective: str = "dpo") -> int:

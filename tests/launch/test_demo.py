@@ -7,13 +7,19 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from launch.stopping import run_until_stopped
+from pivot.evaluate import outcomes
+from pivot.evaluate.outcomes import VQA
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def demo():
+    sys.path.insert(0, str(ROOT / "launch"))  # as for a script
     spec = importlib.util.spec_from_file_location("launch_demo", ROOT / "launch" / "demo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,6 +50,29 @@ def test_the_table_shows_every_arm(demo, tmp_path, capsys):
     assert ["after", "dpo", "0.950", "[0.940,", "0.960]", "0.850", "0.880", "1.200"] in shown
 
 
+def test_the_table_says_what_dpo_changed(demo, tmp_path, capsys):
+    """200 questions, one an image: DPO mends 15 of SFT's 20 wrong answers and breaks 5: +10 of 200 = +0.050.
+
+    Variance of the mean with G / (G - 1): (20 - 200 * 0.05**2) / 200**2 * 200 / 199; 1.96 times its root: 0.043.
+    """
+    rows, wrong = np.arange(200), {"sft": range(20), "dpo": [*range(5), *range(100, 105)]}
+    for name, step in (("sft", 800), ("dpo", 180)):
+        write_run(tmp_path / name, {"step": 0}, {"step": step})
+        right = np.where(np.isin(rows, wrong[name]), 0.0, 1.0)
+        outcomes.keep([], {VQA: right, f"{VQA}/row": rows, f"{VQA}/group": rows}, tmp_path / name, step)
+    assert demo.main(["table", "dpo", str(tmp_path)]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["less", "sft", "+0.050", "[+0.007,", "+0.093]"] in shown
+
+
+def test_a_torn_line_of_the_log_does_not_matter(demo, tmp_path, capsys):
+    write_run(tmp_path / "sft", {"eval/vqa_accuracy": 0.8})
+    with (tmp_path / "sft" / "log.jsonl").open("a") as file:
+        file.write('\n{"event": "eval", "eval/lo')  # the disk was full
+    assert demo.main(["table", "sft", str(tmp_path)]) == 0
+    assert ["after", "sft", "0.800"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_the_first_screen_says_what_is_left(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHON", "python")  # an environment of the user's: nothing is installed
     assert demo.main(["start", "dpo", str(tmp_path)]) == 0
@@ -57,15 +86,21 @@ def test_the_first_screen_says_what_is_left(demo, tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("code", "status", "expected"), [(0, "done", 0), (0, "preempted", 130), (1, "failed", 1)])
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [(0, "done", 0), (0, "preempted", 130), (75, "running", 130), (1, "preempted", 1), (1, "failed", 1)],
+)
 def test_a_stage_is_done_only_when_it_says_so(demo, tmp_path, monkeypatch, code, status, expected):
-    """A run that was told to stop ends with code 0, too: its status tells them apart."""
+    """A launcher may lose the code of a run that was told to stop: its status tells. A failure may leave an old one."""
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "status").write_text(json.dumps({"status": status}))
     script = f"import sys; sys.exit({code})"
     monkeypatch.setattr(demo, "count_processes", lambda: 2)
-    run = demo._run
-    monkeypatch.setattr(demo, "_run", lambda command, environment: run([sys.executable, "-c", script], environment))
+    monkeypatch.setattr(
+        demo,
+        "run_until_stopped",
+        lambda command, environment, folder: run_until_stopped([sys.executable, "-c", script], environment, folder),
+    )
     assert demo.main(["stage", "sft", str(tmp_path)]) == expected
     assert (tmp_path / "sft.done").is_file() == (expected == 0)
 
