@@ -162,7 +162,7 @@ def gradients(folder: Path) -> None:
     for stage in (0, 1, 2, 3):
         engine, image = build(folder / "llava-tied", stage, optim_config("sgd"))
         pairs = [pair(i, image, with_image=i % 3 != 1) for i in range(NUM_PAIRS)]
-        for micro_batches, chunk in ((1, None), (2, None), (4, None), (1, 1600)):
+        for micro_batches, chunk in ((1, None), (2, None), (4, None), (1, 6400)):
             logprobs.CHUNK_LOGITS = chunk * (1 + 3 * dist.get_rank()) if chunk else 2**25
             run_step(engine, _mine(pairs, micro_batches, image), NUM_PAIRS, 0, update=False)
             found = {}

@@ -96,7 +96,7 @@ def test_log_holds_what_a_reader_looks_for(runs: Path) -> None:
     for name in ("pairs_per_s", "tokens_per_s", "data_wait_ratio", "peak_memory_gib", "mfu", "hardware_mfu"):
         assert first[f"perf/{name}"] > 0
     assert 0 < first["perf/row_fill"] <= 1
-    assert first["perf/mfu"] < first["perf/hardware_mfu"] < 1
+    assert first["perf/mfu"] <= first["perf/hardware_mfu"] < 1  # equal: the few logits of this row are kept
 
 
 def test_a_stop_on_one_rank_stops_all_with_a_checkpoint(runs: Path) -> None:
@@ -113,7 +113,7 @@ def test_costs_are_counted_over_resumes(runs: Path) -> None:
     assert whole["pairs"] == parts["pairs"] == 30
     for name in ("tokens", "flops", "hardware_flops"):
         assert parts[name] == whole[name] > 0
-    assert whole["flops"] < whole["hardware_flops"] < 2 * whole["flops"]
+    assert whole["flops"] <= whole["hardware_flops"] < 2 * whole["flops"]
     assert parts["core_hours"] > 0 and "gpu_hours" not in parts
     assert whole["compare"] == {}
     ratios = {"flops": whole["flops"] / 1e12, "samples": 0.01}  # core-hours are no part of GPU-hours
