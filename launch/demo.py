@@ -9,24 +9,29 @@ GOAL is sft or dpo, NAME is align, sft or dpo. SEED and NPROC are read from the 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from stopping import run_until_stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FOLDER = "runs/demo"  # what the YAMLs say
 OUR_PYTHON = ".venv/bin/python"  # as the Makefile names it
 CPU_PROCESSES = 2
 INTERRUPTED = 130
+TO_MEND, AGAIN = 2, 75  # of the training scripts: for the user to mend; saved on a signal
 # name -> (script, what it does, minutes on two cores as measured)
 STAGES = {
-    "align": ("train_sft.py", "learn to describe scenes: captions, all weights drawn at random", 3.5),
+    "align": ("train_sft.py", "learn to describe scenes: captions, all weights drawn at random", 4.5),
     "sft": ("train_sft.py", "learn to answer questions", 3.0),
-    "dpo": ("train_dpo.py", "learn from right and wrong answers: DPO with ZeRO-3", 2.0),
+    "dpo": ("train_dpo.py", "learn from right and wrong answers: DPO with ZeRO-3", 2.2),
 }
 CHAINS = {"sft": ("align", "sft"), "dpo": ("align", "sft", "dpo")}
 PICTURE = "data/scenes.png"
@@ -65,23 +70,26 @@ def stage(name: str, folder: Path, overrides: list[str]) -> int:
     print(f"\n== {name}: {text} (about {minutes:g} min)", flush=True)
     processes = count_processes()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
-    command += [f"launch/{script}", f"launch/configs/demo/{name}.yaml", *_settings(name, folder), *overrides]
-    print("$ deepspeed " + " ".join(command[3:]), flush=True)
+    shown = [f"launch/{script}", f"launch/configs/demo/{name}.yaml", *_settings(name, folder), *overrides]
+    print(f"$ deepspeed --num_gpus {processes} " + " ".join(shown), flush=True)
+    # Two demos at once need two ports. What the launcher has to say is said here, and by the ranks.
+    command += ["--master_port", str(_free_port()), "--log_level", "critical", *shown]
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     started = time.monotonic()
-    code = _run(command, environment)
+    code, stopped = run_until_stopped(command, environment, ROOT)
     with (folder / "times.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": name, "seconds": round(time.monotonic() - started, 1)}) + "\n")
     state = _read_status(folder / name)
     if code == 0 and state == "done":
         (folder / f"{name}.done").touch()
         return 0
-    if code == INTERRUPTED or state in ("preempted", "running"):
+    if stopped or code == AGAIN or (code == 0 and state == "preempted"):
         print(f"\n{name} was stopped; the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
-    print(f"\n{name} failed; the reason is above. The same command goes on from its last checkpoint", file=sys.stderr)
-    return code or 1
+    again = "mend it, or begin anew with DEMO=FOLDER" if code == TO_MEND else "the same command goes on"
+    print(f"\n{name} failed (exit code {code}); the reason is above; {again}", file=sys.stderr)
+    return code if code > 0 else 1
 
 
 def count_processes() -> int:
@@ -109,15 +117,10 @@ def _settings(name: str, folder: Path) -> list[str]:
     return found + ([f"train.seed={seed}"] if seed not in ("", "0") else [])
 
 
-def _run(command: list[str], environment: dict[str, str]) -> int:
-    """The command's exit code. On Ctrl-C, which reaches its processes too, wait until they have saved and gone."""
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
-        while True:
-            try:
-                code = process.wait()
-                return INTERRUPTED if code in (-2, INTERRUPTED) else code
-            except KeyboardInterrupt:
-                continue
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _read_status(run: Path) -> str | None:
@@ -149,22 +152,24 @@ def table(goal: str, folder: Path) -> int:
         cells = [_share(found, "eval/preference_accuracy"), _share(found, "eval/vqa_accuracy")]
         cells += [_number(found, "eval/rewards/accuracies"), _number(found, "eval/rewards/margins")]
         print(_line(name, [*cells, "" if seconds is None else f"{seconds:.0f}"]))
+        if name == "after dpo":
+            print(_line("  less sft", _changes(folder)))
     print("\n[..] is the 95 % interval over scenes. Without looking: the best fixed answer to each kind of question.")
+    if goal == "dpo":
+        print("Less sft: what DPO changed, question by question; beyond noise where the interval leaves out 0.")
     _say_next(goal, folder)
     return 0
 
 
 def _line(name: str, cells: list[str]) -> str:
-    return f"{name:<18}" + "".join(f"{cell:>24}" for cell in cells)
+    return (f"{name:<18}" + "".join(f"{cell:>24}" for cell in cells)).rstrip()
 
 
 def _share(found: dict[str, Any], name: str) -> str:
     interval = found.get("intervals", {}).get(name)
     if interval is None:
         return _number(found, name)
-    value, low, high = (
-        (interval[key] for key in ("value", "low", "high")) if isinstance(interval, dict) else interval[:3]
-    )
+    value, low, high = interval
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -173,19 +178,34 @@ def _number(found: dict[str, Any], name: str) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def _changes(folder: Path) -> list[str]:
+    """DPO's preference and VQA accuracy less SFT's, paired over the held-out samples."""
+    from pivot.evaluate.outcomes import PREFERENCE, VQA, compare, read_outcomes
+
+    runs = folder / "sft", folder / "dpo"
+    before, after = (read_outcomes(run, _evaluation(run).get("step", 0)) for run in runs)
+    found = [compare(before, after, metric) for metric in (PREFERENCE, VQA)]
+    return ["" if change is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*change) for change in found]
+
+
 def _evaluation(run: Path, *, first: bool = False) -> dict[str, Any]:
     """The log's last evaluation, or its first, {} where there is none."""
-    path = run / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    found = [row for row in rows if "eval/loss" in row or row.get("event") == "eval"]
+    found = [row for row in _read_rows(run / "log.jsonl") if row.get("event") == "eval"]
     return found[0 if first else -1] if found else {}
 
 
 def _seconds(folder: Path, name: str) -> float | None:
     """All that a stage took, over its interruptions."""
-    path = folder / "times.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return sum(row["seconds"] for row in rows if row["stage"] == name) or None
+    return sum(row["seconds"] for row in _read_rows(folder / "times.jsonl") if row["stage"] == name) or None
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; one that a kill or a full disk cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _say_next(goal: str, folder: Path) -> None:
@@ -202,9 +222,15 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     command, name, folder = arguments[0], arguments[1], Path(arguments[2])
-    if command == "stage":
-        return stage(name, folder, arguments[3:])
-    return {"start": start, "table": table}[command](name, folder)
+    try:
+        if command == "stage":
+            return stage(name, folder, arguments[3:])
+        return {"start": start, "table": table}[command](name, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"no space is left on the disk of {folder}; free some, the same command goes on", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--num-train", type=int, default=10_000, help="training scenes (%(default)s)")
     command.add_argument(
-        "--num-preference", type=int, default=3000, help="the first so many of them get preference pairs (%(default)s)"
+        "--num-preference", type=int, default=4500, help="the first so many of them get preference pairs (%(default)s)"
     )
     command.add_argument("--num-eval", type=int, default=400, help="held-out scenes, four questions each (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
