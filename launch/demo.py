@@ -31,7 +31,7 @@ TO_MEND, AGAIN = 2, 75  # of the training scripts: for the user to mend; saved o
 STAGES = {
     "align": ("train_sft.py", "learn to describe scenes: captions, all weights drawn at random", 4.5),
     "sft": ("train_sft.py", "learn to answer questions", 3.0),
-    "dpo": ("train_dpo.py", "learn from right and wrong answers: DPO with ZeRO-3", 2.2),
+    "dpo": ("train_dpo.py", "learn from right and wrong answers: DPO with ZeRO-3", 3.0),
 }
 CHAINS = {"sft": ("align", "sft"), "dpo": ("align", "sft", "dpo")}
 PICTURE = "data/scenes.png"
