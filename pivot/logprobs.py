@@ -58,9 +58,7 @@ class _TokenLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[words] = grad_logits.sum(0)
             grad_logits = grad_logits.to(weight.dtype)
-            if grad_hidden is not None and weight.dtype == torch.float32:
-                grad_hidden.addmm_(grad_logits, weight[words])  # rounded once, not twice
-            elif grad_hidden is not None:
+            if grad_hidden is not None:
                 grad_hidden += grad_logits @ weight[words]
             if grad_weight is not None:
                 torch.mm(grad_logits.T, hidden, out=grad_weight[words])
