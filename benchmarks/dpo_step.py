@@ -159,8 +159,7 @@ class Bench:
                 cpu_rates[side].append(last[side]["pairs_per_cpu_s"])
                 print(f"round {number + 1}  {side}: {rates[side][-1]:.2f} pairs/s", flush=True)
         for name in self._savings():
-            without = [name] if name != "image_once" else ["shared_prompt", "image_once"]
-            changes = {"image_trees": False} if name == "image_trees" else {"without": without}
+            changes = {"image_trees": False} if name == "image_trees" else {"without": [name]}
             label = f"pivot without {name}"
             last[label] = self.pivot(**(ours | changes))
             rates[label] = [last[label]["pairs_per_s"]] if "pairs_per_s" in last[label] else []

@@ -32,6 +32,7 @@ from measure import synchronise
 from table import show
 
 from pivot.batch import Segments
+from pivot.flops import measure_matmul_tflops
 from pivot.models.attention import BACKENDS, choose_attention
 
 HERE = Path(__file__).resolve().parent
@@ -193,13 +194,6 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """The card's matrix rate: what MFU is a share of."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _time(lambda: torch.mm(a, b), device, 30 if device == "cuda" else 5) / 1e12
-
-
 # -- the whole -----------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +238,7 @@ def main() -> int:
         options.row_tokens, options.row_pairs, options.budgets, options.large = 2048, 3, [512, 2048], options.shape
     started, dtype = time.monotonic(), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     found: dict[str, Any] = {"machine": machine(options.device), "versions": versions(), "shape": options.shape}
-    found["matmul_tflops"] = matmul_tflops(options.device, dtype)
+    found["matmul_tflops"] = measure_matmul_tflops(torch.device(options.device), dtype)
     print(f"# {found['machine']}: {found['matmul_tflops']:.4g} TFLOP/s in {options.dtype}; {found['versions']}\n")
     with tempfile.TemporaryDirectory() as folder:
         case = Path(folder) / "case"

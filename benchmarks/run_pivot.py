@@ -5,6 +5,7 @@ python benchmarks/run_pivot.py '{"case": ..., "steps": ..., ...}'
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -67,8 +68,6 @@ class LiveReference:
     """What `ReferenceCache.lookup` gives, from a frozen copy of the model that runs at every step."""
 
     def __init__(self, model: MLLM, device: torch.device) -> None:
-        import copy
-
         self._model, self._device = copy.deepcopy(model).requires_grad_(False), device
 
     @torch.no_grad()
@@ -102,17 +101,18 @@ def main() -> None:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     output = Path(task["case"]) / task["name"]
+    output.mkdir(parents=True, exist_ok=True)
     config = settings(task, output)
     world = distributed.start(config.train.timeout_s)
     say = partial(print, file=sys.stderr, flush=True)
     inputs = open_inputs(config, world, say)
     started = time.perf_counter()
-    trainer = Trainer(config, RunFolder(_made(output)), inputs, world)
+    trainer = Trainer(config, RunFolder(output), inputs, world)
     built_s = time.perf_counter() - started
     if "reference_cache" in task["without"]:
         trainer.reference = LiveReference(trainer.model, world.device)  # type: ignore[assignment]
     take_back = changes(task["without"], inputs.processor.geometry.num_tokens)
-    ids, losses, margins, num_rows = [], [], [], 0
+    ids, losses, margins = [], [], []
     loader, timer = trainer.loader(inputs.plan), Timer()
     clock = Clock(task["device"])
     for step_plan, micro_batches in loader:
@@ -122,7 +122,6 @@ def main() -> None:
         ids.append(step_plan.ids.tolist())
         losses.append(metrics["loss"])
         margins.append(metrics["rewards/margins"])
-        num_rows += step_plan.num_micro_batches
         if trainer.step == task["steps"]:
             break
     result = {
@@ -131,20 +130,13 @@ def main() -> None:
         "losses": losses,
         "margins": margins,
         "ids": ids,
-        "rows_per_step": num_rows / task["steps"],
         "peak_memory_gib": memory.peak_gib(),
         "start_s": built_s,
-        "data_wait_s": loader.data_wait_s,
         "attention": trainer.model.attention,
         "flops_per_step": inputs.plan.step(0).cost,
     }
     Path(task["out"]).write_text(json.dumps(result))
     distributed.stop()
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 if __name__ == "__main__":

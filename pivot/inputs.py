@@ -14,7 +14,7 @@ import torch
 
 from pivot import distributed, memory
 from pivot.batch import CHOSEN, REJECTED
-from pivot.config import COMPONENTS, Config, ModelConfig, TrainSource
+from pivot.config import COMPONENTS, Config, TrainSource
 from pivot.config_check import read_deepspeed_json, read_train_sources
 from pivot.data.exclude import read_excluded
 from pivot.data.lengths import build_lengths, load_lengths
@@ -27,7 +27,6 @@ from pivot.distributed import World
 from pivot.engine import build_deepspeed_config
 from pivot.evaluate.held_out import HeldOut, open_held_out
 from pivot.flops import describe_flops, training_costs
-from pivot.geometry import read_text_config
 from pivot.models.attention import Choice, choose_attention
 from pivot.models.build import Sources, settle_sources
 from pivot.models.skeleton import Skeleton, build_skeleton
@@ -71,9 +70,9 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     sources = settle_sources(config)
     folder = config.objective.dpo.reference if config.objective.dpo is not None else None
     reference = sources if folder is None else settle_sources(replace(config, init_from=folder, init_parts=None))
-    attention = _settle_attention(config.train.attention, sources.model, world.device, dtype)
     processor = build_processor(sources.model, config.data)
     skeleton = build_skeleton(sources.model, len(processor.tokenizer))
+    attention = _settle_attention(config.train.attention, skeleton, world.device, dtype)
     shards = open_data(config)
     cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))
     with distributed.shared_failure("counting tokens"):
@@ -133,17 +132,15 @@ def _settle_dtype(precision: str, world: World) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _settle_attention(wanted: str, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Choice:
-    assert model.language_model.path is not None
-    text = read_text_config(model.language_model.path)
-    heads = int(text.num_attention_heads)
+def _settle_attention(wanted: str, skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Choice:
+    heads = int(skeleton.text_config.num_attention_heads)
     return choose_attention(
         wanted,
         device=device,
         dtype=dtype,
         heads=heads,
-        key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        key_heads=int(getattr(skeleton.text_config, "num_key_value_heads", None) or heads),
+        head_size=skeleton.head_size,
     )
 
 
