@@ -6,6 +6,7 @@ C completions, P pairs (for SFT: samples).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,21 +25,26 @@ DUMMY_SAMPLE = -1  # `sample_index` of the weight-0 pair that a rank runs when i
 class Chain:
     """Segments whose tokens lie one behind the other and attend causally among themselves.
 
-    The queries are row positions [start, end). The keys are the spans in `prefix` (all ancestors of the chain's
+    The queries are row positions [first_query, end). The keys are the spans in `prefix` (all ancestors of the chain's
     first segment, root first) followed by the chain itself, under a causal mask aligned at the bottom right.
     """
 
     start: int
     end: int
     prefix: tuple[tuple[int, int], ...]
+    first_query: int
 
     @property
     def num_queries(self) -> int:
+        return self.end - self.first_query
+
+    @property
+    def num_tokens(self) -> int:
         return self.end - self.start
 
     @property
     def num_keys(self) -> int:
-        return self.num_queries + sum(end - start for start, end in self.prefix)
+        return self.num_tokens + sum(end - start for start, end in self.prefix)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Segments:
     start: np.ndarray
     end: np.ndarray
     parent: np.ndarray
+    # int32[C]: where each chain's queries begin; None: at its start. Its keys and values are those of all its tokens.
+    first_query: np.ndarray | None = None
     # For attention on the batch's device: made here and moved with the batch, so that attention waits for no copy.
     layout: Layout = field(default=None, compare=False, repr=False)  # type: ignore[assignment]  # see __post_init__
     # Per-forward scratch of the attention back ends (masks), never part of the value.
@@ -97,6 +105,10 @@ class Segments:
     def num_tokens(self) -> int:
         return int(self.end[-1]) if len(self) else 0
 
+    @cached_property
+    def num_queries(self) -> int:
+        return sum(chain.num_queries for chain in self.chains)
+
     def ancestors(self, segment: int) -> list[int]:
         """The segments that `segment` attends to in full, root first."""
         found = []
@@ -110,10 +122,11 @@ class Segments:
     def chains(self) -> tuple[Chain, ...]:
         """The row cut into chains: a root or a later child opens one, a first child continues its parent's."""
         heads = [i for i in range(len(self)) if self.parent[i] == -1 or self.parent[i] != i - 1]
+        asked = self.start[heads] if self.first_query is None else self.first_query
         chains = []
-        for head, following in zip(heads, [*heads[1:], len(self)], strict=True):
+        for head, following, first in zip(heads, [*heads[1:], len(self)], asked.tolist(), strict=True):
             prefix = tuple((int(self.start[a]), int(self.end[a])) for a in self.ancestors(head))
-            chains.append(Chain(int(self.start[head]), int(self.end[following - 1]), prefix))
+            chains.append(Chain(int(self.start[head]), int(self.end[following - 1]), prefix, first))
         return tuple(chains)
 
     def _lay_out(self) -> Layout:
@@ -133,6 +146,10 @@ class Segments:
         """The same segments, `how` applied to their layout's tensors."""
         return dataclasses.replace(self, layout=self.layout.move(how))
 
+    def asking_from(self, first_query: np.ndarray) -> Segments:
+        """The same segments with fewer queries: of each chain those from first_query int32[C] on."""
+        return Segments(self.start, self.end, self.parent, first_query)
+
     def position_ids(self) -> np.ndarray:
         """int64[T]: a root counts from 0, a child goes on where its parent ended."""
         positions = np.empty(self.num_tokens, dtype=np.int64)
@@ -140,6 +157,39 @@ class Segments:
             first = 0 if parent == -1 else positions[self.end[parent] - 1] + 1
             positions[start:end] = np.arange(first, first + end - start)
         return positions
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where hidden states are read, for what need run at no other token: M queries, M >= N but for a shared prompt.
+
+    A chain asks from its first target to its end, so that its queries stay one span; without a target with its last
+    token, since attention kernels differ in what they make of no query at all.
+    """
+
+    positions: Tensor  # int64[N]: the targets' positions in the row
+    queries: Tensor  # int64[M]: the positions that ask
+    targets: Tensor  # int64[N]: which of the queries is each target's
+    segments: Segments  # the row's, asking from there on
+
+    @classmethod
+    def at(cls, positions: Tensor, segments: Segments) -> Reading:
+        """The reading of target positions int64[N] on the host."""
+        chains, wanted = segments.chains, positions.numpy()
+        owner = np.searchsorted([chain.start for chain in chains], wanted, side="right") - 1
+        ends = np.array([chain.end for chain in chains], dtype=np.int64)
+        first = ends - 1
+        np.minimum.at(first, owner, wanted)
+        before = np.cumsum(ends - first) - (ends - first)  # queries of the chains in front
+        return cls(
+            positions=positions,
+            queries=torch.from_numpy(np.concatenate([np.arange(*span) for span in zip(first, ends, strict=True)])),
+            targets=torch.from_numpy(before[owner] + wanted - first[owner]),
+            segments=segments.asking_from(first),
+        )
+
+    def move(self, how: Callable[[Tensor], Tensor]) -> Reading:
+        return Reading(how(self.positions), how(self.queries), how(self.targets), self.segments.move(how))
 
 
 @dataclass
@@ -162,6 +212,10 @@ class PackedBatch:
     completion_tokens: Tensor  # int64[C]: targets per completion
     completion_weight: Tensor  # float32[C]: 0 for a dummy or a masked bad sample, else 1
     sample_index: Tensor  # int64[P], on the host: the row of the data set, DUMMY_SAMPLE for a dummy
+    reading: Reading = field(init=False)  # of the targets; made here, on the host, and moved with the batch
+
+    def __post_init__(self) -> None:
+        self.reading = Reading.at(self.target_positions, self.segments)
 
     @property
     def num_completions(self) -> int:
@@ -186,22 +240,17 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, from where it travels to a GPU while that computes."""
-        pinned: dict[str, object] = {}
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, Tensor) and spec.name != "sample_index":
-                pinned[spec.name] = value.pin_memory()
-        pinned["by_role"] = {role: index.pin_memory() for role, index in self.by_role.items()}
-        pinned["segments"] = self.segments.move(Tensor.pin_memory)
-        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]  # mypy cannot see the field names
+        return self._move(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; `sample_index` and the segments' integers stay on the host."""
-        moved: dict[str, object] = {}
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, Tensor) and spec.name != "sample_index":
-                moved[spec.name] = value.to(device, non_blocking=True)
-        moved["by_role"] = {role: index.to(device, non_blocking=True) for role, index in self.by_role.items()}
-        moved["segments"] = self.segments.move(lambda tensor: tensor.to(device, non_blocking=True))
-        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]  # mypy cannot see the field names
+        return self._move(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _move(self, how: Callable[[Tensor], Tensor]) -> PackedBatch:
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "sample_index":
+                setattr(moved, name, how(value))
+        moved.by_role = {role: how(index) for role, index in self.by_role.items()}
+        moved.segments, moved.reading = self.segments.move(how), self.reading.move(how)
+        return moved

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pivot.batch import DUMMY_SAMPLE, PackedBatch
+from pivot.batch import DUMMY_SAMPLE, PackedBatch, Segments
 from pivot.data.units import Costs
 from pivot.logprobs import keeps_logits
-from pivot.models.last_block import reads_at_targets, tail
+from pivot.models.decoder import query_matrix, reads_at_targets, target_matrices
 from pivot.models.skeleton import Skeleton
 
 MEASURE_S = {"cpu": 0.15, "cuda": 0.3}
@@ -33,11 +33,14 @@ class Forward:
     encoder_last: float  # an image: of these, each block's last product, where recomputing a block may stop
     projector_in: float  # an image token: the first layer
     projector_rest: float
-    blocks: float  # a token: the language model's, but for what runs at targets alone
+    blocks: float  # a token: the language model's, but for what the last block runs where it is read alone
     blocks_last: float
-    tail: float  # a target: the last block's MLP, where the model reads at targets; else it is in `blocks`
-    tail_last: float
-    attention: float  # a query that attends to a key, over all layers
+    attention: float  # a query that attends to a key, over the layers in which every token asks
+    # Of the last block, where the model reads at targets; else nothing, and it is in the three above:
+    read_query: float  # a query
+    read_attention: float  # one that attends to a key
+    read_target: float  # a target: behind its attention
+    read_target_last: float
     head: float  # a target
 
 
@@ -47,25 +50,27 @@ def count_forward(skeleton: Skeleton) -> Forward:
     grid = (tower.facts.size // tower.facts.patch_size) ** 2
     positions = grid + int(tower.facts.has_cls)
     encoder, encoder_last = _block_flops(skeleton.encoder_blocks())
-    blocks, blocks_last = _block_flops(language_model.model.layers)
-    tail_flops = tail_last = 0.0
-    if reads_at_targets(language_model.config):
-        matrices = [2.0 * p.numel() for p in tail(language_model.model.layers[-1])]
-        tail_flops, tail_last = sum(matrices), matrices[-1]
+    layers = language_model.model.layers
+    blocks, blocks_last = _block_flops(layers)
+    reads = reads_at_targets(language_model.config)
+    read_query = 2.0 * query_matrix(layers[-1]).numel() if reads else 0.0
+    read_target = [2.0 * p.numel() for p in target_matrices(layers[-1])] if reads else [0.0]
     first, *rest = (2.0 * p.numel() for p in skeleton.projector.parameters() if p.ndim == 2)
     convolutions = [m for m in tower.model.modules() if isinstance(m, nn.Conv2d)]
-    queries = skeleton.head_size * int(skeleton.text_config.num_attention_heads)
+    attention = 4.0 * skeleton.head_size * int(skeleton.text_config.num_attention_heads)
     return Forward(
         patches=sum(2.0 * grid * convolution.weight.numel() for convolution in convolutions),
         encoder=positions * encoder + 4.0 * positions**2 * tower.width * tower.num_blocks,
         encoder_last=positions * encoder_last,
         projector_in=first,
         projector_rest=sum(rest),
-        blocks=blocks - tail_flops,
-        blocks_last=blocks_last - tail_last,
-        tail=tail_flops,
-        tail_last=tail_last,
-        attention=4.0 * len(language_model.model.layers) * queries,
+        blocks=blocks - read_query - sum(read_target),
+        blocks_last=blocks_last - read_target[-1],
+        attention=(len(layers) - reads) * attention,
+        read_query=read_query,
+        read_attention=reads * attention,
+        read_target=sum(read_target),
+        read_target_last=read_target[-1],
         head=2.0 * language_model.lm_head.weight.numel(),
     )
 
@@ -77,7 +82,7 @@ def _block_flops(blocks: nn.ModuleList) -> tuple[float, float]:
 
 
 def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
-    """Useful FLOPs of a training step, forward and backward, per token, image token, target and query-key pair.
+    """Useful FLOPs of a training step, forward and backward.
 
     A part that trains pays a product for its weights' gradient; one with something trained in front of it, or inside,
     pays one for its input's.
@@ -88,11 +93,14 @@ def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
     through = max(reached, language)
     encoder = (1 + vision) * forward.patches + (1 + 2 * vision) * forward.encoder
     image_token = (1 + vision + projector) * forward.projector_in + (1 + reached + projector) * forward.projector_rest
+    products = 1 + through + language
     return Costs(
-        per_token=(1 + through + language) * forward.blocks,
+        per_token=products * forward.blocks,
         per_image_token=encoder / tokens_per_image + image_token,
-        per_target=(1 + through + language) * (forward.tail + forward.head),
+        per_query=products * forward.read_query,
+        per_target=products * (forward.read_target + forward.head),
         per_attention=(1 + 2 * through) * forward.attention,
+        per_read_attention=(1 + 2 * through) * forward.read_attention,
     )
 
 
@@ -125,15 +133,17 @@ class Counter:
         return (
             costs.per_token * batch.num_tokens
             + costs.per_image_token * images * self.tokens_per_image
+            + costs.per_query * batch.reading.queries.shape[0]
             + costs.per_target * batch.target_ids.shape[0]
-            + costs.per_attention * attended(batch)
+            + costs.per_attention * attended(batch.segments)
+            + costs.per_read_attention * attended(batch.reading.segments)
         )
 
 
-def attended(batch: PackedBatch) -> float:
+def attended(segments: Segments) -> float:
     """Pairs of a query and a key that it attends to, over the row: causal within each chain, full to its ancestors."""
     own, prefix = 0.0, 0
-    for chain in batch.segments.chains:
+    for chain in segments.chains:
         queries = chain.num_queries
         own += queries * (queries + 1) / 2
         prefix += queries * (chain.num_keys - queries)
@@ -151,8 +161,10 @@ def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_chec
     recomputed = Costs(
         per_token=blocks * (forward.blocks - forward.blocks_last),
         per_image_token=vision * (forward.encoder - forward.encoder_last) / tokens_per_image,
-        per_target=blocks * (forward.tail - forward.tail_last),
+        per_query=blocks * forward.read_query,
+        per_target=blocks * (forward.read_target - forward.read_target_last),
         per_attention=blocks * forward.attention,
+        per_read_attention=blocks * forward.read_attention,
     )
     vocabulary = int(skeleton.language_model.lm_head.weight.shape[0])
     return Counter(training_costs(skeleton, trained), recomputed, forward.head, vocabulary, tokens_per_image)

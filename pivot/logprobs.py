@@ -16,7 +16,7 @@ from torch.nn import functional as F
 CHUNK_LOGITS = 2**25
 
 
-# Logits that are no more than this are kept for backward instead of being computed twice: 16 MiB at the most.
+# Exponentials of logits that are no more than this are kept for backward, not computed twice: 16 MiB at the most.
 KEPT_LOGITS = 2**22
 
 
@@ -29,16 +29,19 @@ class _TokenLogps(torch.autograd.Function):
         normalizer = torch.empty_like(logps)  # log sum exp, so that backward need not reduce again
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             logits = F.linear(hidden[rows], weight, bias).float()  # [chunk, V]
-            normalizer[rows] = torch.logsumexp(logits, dim=-1)
-            logps[rows] = logits.gather(1, target_ids[rows, None])[:, 0] - normalizer[rows]
-        keep = hidden.shape[0] and keeps_logits(hidden.shape[0], weight.shape[0])
-        ctx.save_for_backward(hidden, weight, bias, target_ids, normalizer, logits if keep else None)
+            chosen, highest = logits.gather(1, target_ids[rows, None]), logits.amax(1, keepdim=True)
+            powers = logits.sub_(highest).exp_()  # in place: one chunk is held, and each exponential taken once
+            total = powers.sum(1, keepdim=True)
+            normalizer[rows] = (highest + total.log())[:, 0]
+            logps[rows] = chosen[:, 0] - normalizer[rows]
+        kept = (powers, total) if hidden.shape[0] and keeps_logits(hidden.shape[0], weight.shape[0]) else (None, None)
+        ctx.save_for_backward(hidden, weight, bias, target_ids, normalizer, *kept)
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad_logps,) = grads
-        hidden, weight, bias, target_ids, normalizer, kept_logits = ctx.saved_tensors
+        hidden, weight, bias, target_ids, normalizer, powers, total = ctx.saved_tensors
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         # Blocks of words, not of rows: each word's gradient is then one matrix product over all targets, written where
         # it belongs. Blocks of rows would need a second gradient of the head, in fp32, to add up in.
@@ -46,12 +49,12 @@ class _TokenLogps(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
         for words in _chunks(weight.shape[0], hidden.shape[0]):
-            if kept_logits is None:
-                logits = F.linear(hidden, weight[words], None if bias is None else bias[words]).float()  # [N, words]
-            else:
-                logits = kept_logits
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = (logits - normalizer[:, None]).exp_().mul_(-grad_logps[:, None])
+            if powers is None:
+                logits = F.linear(hidden, weight[words], None if bias is None else bias[words]).float()  # [N, words]
+                grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-grad_logps[:, None])
+            else:
+                grad_logits = powers.mul_(-grad_logps[:, None] / total)  # in place: a second backward is an error
             inside = (target_ids >= words.start) & (target_ids < words.stop)
             column = (target_ids - words.start).clamp(0, words.stop - words.start - 1)
             grad_logits.scatter_add_(1, column[:, None], torch.where(inside, grad_logps, 0.0)[:, None])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pivot.batch import PackedBatch
 from pivot.logprobs import LMHead
 from pivot.models.attention import registered_name
-from pivot.models.last_block import read_at_targets, reads_at_targets
+from pivot.models.decoder import reads_at_targets, streamline
 from pivot.models.projector import Projector
 from pivot.models.vision import VisionTower
 
@@ -37,7 +37,7 @@ class MLLM(nn.Module):
         language_model.lm_head = LMHead.from_linear(language_model.lm_head)
         self._reads_at_targets = reads_at_targets(language_model.config)
         if self._reads_at_targets:
-            read_at_targets(language_model)
+            streamline(language_model)
         self.use_attention("sdpa")
         disable_dropout(self)
 
@@ -56,7 +56,7 @@ class MLLM(nn.Module):
         embeddings = self.language_model.get_input_embeddings()(batch.token_ids)  # [T, D]
         chosen = features[batch.feature_index].to(embeddings.dtype)  # [F, D]
         embeddings = embeddings.index_copy(0, batch.image_positions, chosen)
-        where = {"positions": batch.target_positions} if self._reads_at_targets else {}
+        where = {"reading": batch.reading} if self._reads_at_targets else {}
         hidden = self.language_model.model(
             inputs_embeds=embeddings[None],
             position_ids=batch.position_ids[None],

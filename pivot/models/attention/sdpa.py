@@ -12,24 +12,25 @@ from pivot.batch import Chain, Segments
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """[1, T, H, D] of query [1, H, T, D], key and value [1, K, T, D]."""
+    """[1, M, H, D] of query [1, H, M, D], key and value [1, K, T, D]."""
     outputs, groups = [], query.shape[1] // key.shape[1]
     if groups > 1 and query.is_cuda:  # there only kernels without a mask take fewer heads of keys than of queries
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     # Split, not sliced chain by chain: the gradient of a slice is a zero-filled row, so that backward would take the
     # row's length times the number of chains. The chains tile the row.
     chains = segments.chains
-    sizes = [chain.num_queries for chain in chains]
-    queries, keys, values = (states.split(sizes, dim=2) for states in (query, key, value))
+    queries = query.split([chain.num_queries for chain in chains], dim=2)
+    keys, values = (states.split([chain.num_tokens for chain in chains], dim=2) for states in (key, value))
     for number, chain in enumerate(chains):
         chain_key, chain_value = (_gather(pieces, chains, number) for pieces in (keys, values))
+        square = chain.num_queries == chain.num_keys
         outputs.append(
             F.scaled_dot_product_attention(
                 queries[number],
                 chain_key,
                 chain_value,
-                attn_mask=_bottom_right_mask(segments, chain, query.device) if chain.prefix else None,
-                is_causal=not chain.prefix,
+                attn_mask=None if square else _bottom_right_mask(segments, chain, query.device),
+                is_causal=square,
                 scale=scaling,
                 enable_gqa=groups > 1,
             ).transpose(1, 2)  # as it lies in memory, so that the row is put together without another copy
@@ -47,7 +48,7 @@ def _gather(pieces: tuple[Tensor, ...], chains: tuple[Chain, ...], number: int) 
 
 
 def _bottom_right_mask(segments: Segments, chain: Chain, device: torch.device) -> Tensor:
-    """bool[Q, L] of one later child: Q is a completion, so this stays far below T x T. Shared by all layers."""
+    """bool[Q, L] of a chain with fewer queries than keys: a completion's, so far below T x T. Shared by all layers."""
     cache_key = ("bottom_right", chain.num_queries, chain.num_keys, device)
     mask = segments.cache.get(cache_key)
     if mask is None:

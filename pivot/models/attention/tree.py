@@ -12,7 +12,7 @@ from pivot.batch import Segments
 from pivot.models.attention.sdpa import sdpa
 from pivot.models.attention.varlen import flash_attn, torch_varlen
 
-# query [1, H, T, D], key and value [1, K, T, D], segments, scaling -> [1, T, H, D]
+# query [1, H, M, D], key and value [1, K, T, D], segments, scaling -> [1, M, H, D]; M = T where every token asks
 Backend = Callable[[Tensor, Tensor, Tensor, Segments, float | None], Tensor]
 BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "torch_varlen": torch_varlen, "flash_attn": flash_attn}
 
@@ -36,7 +36,7 @@ def tree_attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' signature: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
+    """Attention of transformers' signature: query [1, H, M, D], key and value [1, K, T, D] -> ([1, M, H, D], None).
 
     Raises ValueError without `segments` (a caller that forgot them would get plain causal attention across trees),
     and for what no back end here honours: a sliding window, soft-capping, attention sinks, dropout, a mask.
@@ -53,8 +53,9 @@ def tree_attention(
     for name, given in refused.items():
         if given is not None:
             raise ValueError(f"tree attention does not honour {name} ({type(module).__name__}); use another model")
-    if segments.num_tokens != query.shape[2]:
-        raise ValueError(f"segments cover {segments.num_tokens} tokens, the row holds {query.shape[2]}")
+    found, expected = (query.shape[2], key.shape[2]), (segments.num_queries, segments.num_tokens)
+    if found != expected:
+        raise ValueError(f"the row holds {found} queries and keys, its segments {expected}")
     return backend(query, key, value, segments, scaling), None
 
 

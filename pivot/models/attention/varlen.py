@@ -75,9 +75,9 @@ def _flash_function() -> Callable[..., Any]:
 
 
 def over_chains(call: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-    """[1, T, H, D]: `call(q [T, H, D], k and v [sum L, K, D], cu_q and cu_k int32[C + 1], max_q, max_k)` on the row."""
+    """[1, M, H, D]: `call(q [M, H, D], k and v [sum L, K, D], cu_q and cu_k int32[C + 1], max_q, max_k)` on the row."""
     layout = segments.layout
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, heads, D]
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [M or T, heads, D]
     if layout.key_index is not None:
         k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
     return call(

@@ -1,0 +1,141 @@
+"""The decoder's blocks as we run them: modules, names and parameters of transformers', fewer operations.
+
+- Behind its keys and values a position of the last block reaches no other position, and the head reads a few (an
+  image's hundreds of tokens are none). So its queries, attention and MLP and the final norm run there alone.
+- Rotary embeddings (RoFormer, arXiv:2104.09864, section 3.2) take two passes over the states, not five, and keep none.
+
+Letters: T tokens, M queries and N targets (`pivot.batch.Reading`), H heads, D a head's width, W hidden width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pivot.batch import Reading, Segments
+
+# Families whose block is: norm, attention with rotary embeddings, add, norm, MLP, add. Others run as they come.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def reads_at_targets(config: PretrainedConfig) -> bool:
+    """Whether `streamline` knows this family."""
+    return config.model_type in FAMILIES
+
+
+def streamline(language_model: Any) -> None:
+    """Let the decoder take `reading`: its last hidden states are then [1, N, W]; without, [1, T, W] as before.
+
+    The blocks stay in their places under their names, so checkpoints and sharding do not notice. They become ones of
+    subclasses, since transformers recomputes activations around the forward of a class, not of an object.
+    """
+    blocks = language_model.model.layers
+    for block in blocks:
+        block.self_attn.__class__ = _attention(block.self_attn.__class__)
+    blocks[-1].__class__ = _last_block(blocks[-1].__class__)
+
+
+def query_matrix(block: nn.Module) -> nn.Parameter:
+    """The last block's matrix that runs at the queries alone."""
+    return block.get_parameter("self_attn.q_proj.weight")
+
+
+def target_matrices(block: nn.Module) -> list[nn.Parameter]:
+    """The last block's matrices that run at the targets alone, in order."""
+    mlp = [p for p in block.get_submodule("mlp").parameters() if p.ndim == 2]
+    return [block.get_parameter("self_attn.o_proj.weight"), *mlp]
+
+
+@cache
+def _last_block(block_class: Any) -> type[nn.Module]:
+    def forward(
+        self: Any, hidden_states: Tensor, *args: Any, reading: Reading | None = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, ...]:
+        if reading is None:
+            return block_class.forward(self, hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, asked=reading, **kwargs)
+        hidden_states = hidden_states.index_select(1, reading.positions) + attended  # [1, N, W]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    return type(block_class.__name__, (block_class,), {"forward": forward})
+
+
+@cache
+def _attention(attention_class: Any) -> type[nn.Module]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        segments: Segments | None = None,
+        asked: Reading | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if segments is None:  # no trees: an answer is generated, with a cache
+            return attention_class.forward(
+                self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        cos, sin = (angles.chunk(2, dim=-1)[0][:, None] for angles in position_embeddings)  # [1, 1, T, D / 2]
+        key = rotate(_heads(self, "k", hidden_states), cos, sin)
+        value = _heads(self, "v", hidden_states)
+        if asked is not None:
+            segments, hidden_states = asked.segments, hidden_states.index_select(1, asked.queries)
+            cos, sin = cos.index_select(2, asked.queries), sin.index_select(2, asked.queries)
+        query = rotate(_heads(self, "q", hidden_states), cos, sin)
+        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            segments=segments,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            sliding_window=getattr(self, "sliding_window", None),
+            **kwargs,
+        )
+        attended = attended.flatten(2)  # [1, T or M, H * D]
+        return self.o_proj(attended if asked is None else attended.index_select(1, asked.targets)), None
+
+    return type(attention_class.__name__, (attention_class,), {"forward": forward})
+
+
+def _heads(attention: Any, name: str, hidden_states: Tensor) -> Tensor:
+    """[1, H, T, D] of [1, T, W]."""
+    states = getattr(attention, f"{name}_proj")(hidden_states).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)  # Qwen3's, of queries and keys
+    return (states if norm is None else norm(states)).transpose(1, 2)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """States [1, H, T, D] turned by angles [1, 1, T, D / 2]: halves (a, b) become (a cos - b sin, b cos + a sin)."""
+    return _Rotate.apply(states, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back, so nothing of the states is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(states, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, -sin), None, None
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = torch.empty_like(states)
+    (a, b), (out_a, out_b) = states.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    return turned
