@@ -1,8 +1,8 @@
 """python -m data_tools COMMAND: turn preference data into shards, look at it, check it, cut and draw from it.
 
 Exit code 0: done; 1: the data is not good enough (too many rows dropped, damage found, twins that differ); 2: the
-command or its input is wrong; 3: the machine failed (disk full, file unreadable), run the same command again: it
-resumes; 130: interrupted.
+command or its input is wrong; 3: the machine failed (disk full, file unreadable, worker killed), run the same command
+again: it resumes; 130: interrupted.
 
 From a downloaded set to a run (docs/data_tutorial.md says more):
 
@@ -21,6 +21,7 @@ import os
 import sys
 from typing import NoReturn
 
+from data_tools.arguments import whole_number
 from data_tools.console import Output
 
 # Each has a module in data_tools/commands: add_arguments(parser) and run(options, output) -> exit code.
@@ -42,7 +43,9 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser(arguments).parse_args(arguments)
+    options, unknown = _parser(arguments).parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     output = Output(as_json=options.json, loudness=0 if options.quiet else 1 + options.verbose)
     try:
         return options.run(options, output)
@@ -54,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         output.error(str(error))
         return 2
-    except RuntimeError as error:  # DamagedSample among them
-        output.error(str(error))
+    except RuntimeError as error:
+        output.error(_damage_text(error))
         return 1
 
 
@@ -72,7 +75,16 @@ def _machine_text(error: OSError, options: argparse.Namespace) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"the disk of {out}" if out else "the disk"
         return f"no space is left on {where}; what is finished stays. Free some and run the same command: it goes on"
+    if error.errno is None:  # a sentence of ours
+        return str(error)
     return f"{error} ({type(error).__name__})"
+
+
+def _damage_text(error: RuntimeError) -> str:
+    from pivot.data.shards import DamagedSample
+
+    mend = "; python -m data_tools validate lists all damage. A run masks it, and by `exclude` the next leaves it out"
+    return f"{error}{mend if isinstance(error, DamagedSample) else ''}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +102,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         if name in arguments:
             module = importlib.import_module(f"data_tools.commands.{name}")
             module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            command.set_defaults(run=module.run, parser=command)
         _add_shared(command)
     return parser
 
@@ -101,16 +113,11 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="read and check, say what would be written, write nothing"
     )
     group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-    group.add_argument("--workers", type=_count, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    cores = min(8, os.cpu_count() or 1)
+    group.add_argument("--workers", type=whole_number(0), default=cores, help="processes (%(default)s)")
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
     loudness.add_argument("-v", "--verbose", action="count", default=0, help="say more")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a number of processes, found {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

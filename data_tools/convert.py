@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +25,7 @@ from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample
 IMAGE_PLACEHOLDER = "<image>"
 MAX_IMAGE_BYTES = 100_000_000  # of one file; read whole into memory
 JPEG_QUALITY = 92  # of images that are made smaller
+NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # the row's fault; others the machine's
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
@@ -51,7 +54,8 @@ class Rejected(Exception):
 def convert(record: Record, trusted: Sequence[Path], max_side: int | None = None) -> Packed | Drop:
     """The sample that `record` becomes. Images are read only from below `trusted` (resolved folders).
 
-    Their bytes are kept, but for images with a side above `max_side`, which are made smaller.
+    Their bytes are kept, but for images with a side above `max_side`, which are made smaller. Raises OSError for an
+    image that is there and cannot be read: a drop would lose a good row to a disk or a network that fails for a moment.
     """
     try:
         _check_texts(record)
@@ -63,7 +67,10 @@ def convert(record: Record, trusted: Sequence[Path], max_side: int | None = None
     except UnicodeEncodeError as error:
         return Drop("malformed row", record.id, f"text that is not Unicode ({error.reason})")
     except OSError as error:
-        return Drop("missing image", record.id, str(error))
+        raise type(error)(
+            f"{record.id}: its image cannot be read ({error}). Nothing is lost: mend that and run the same command "
+            "again, it goes on"
+        ) from error
 
 
 def split_prompt(prompt: str, num_images: int) -> list[dict[str, Any]]:
@@ -133,8 +140,8 @@ def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> P
         real = Path(os.path.realpath(os.path.join(folder, path)))
         if not any(real.is_relative_to(root) for root in trusted):
             outside = outside or real
-        elif real.is_file():
-            if real.stat().st_size > MAX_IMAGE_BYTES:
+        elif (size := _file_size(real)) is not None:
+            if size > MAX_IMAGE_BYTES:
                 raise Rejected("undecodable image", f"{path}: more than {MAX_IMAGE_BYTES} bytes")
             return real
     if outside is not None:
@@ -143,6 +150,17 @@ def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> P
             f"{path} leads to {outside}; if that is meant, admit its folder with --allow-root {outside.parent}",
         )
     raise Rejected("missing image", f"{path} is not in {', '.join(folders)}")
+
+
+def _file_size(path: Path) -> int | None:
+    """None where no file is. Raises OSError where that cannot be told, which Path.is_file would take for none."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in NO_SUCH_FILE:
+            return None
+        raise
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def shrink(rgb: np.ndarray, max_side: int) -> tuple[bytes, int, int]:

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.console import count_text
 from data_tools.journal import Journal
-from data_tools.workers import worker_pool
 from data_tools.writer import ShardWriter
-from pivot.data.samples import parse_sample, sample_shape
-from pivot.data.shards import BLOCK, SHARD_NAME, Shard, ShardSet, walk_members
+from pivot.data.manifest import SHARD_NAME, Shard
+from pivot.data.samples import sample_shape
+from pivot.data.shards import ShardSet, walk_members
+from pivot.workers import worker_pool
 
 COPY_VERSION = 2  # raise it when the same choice would give other bytes
 SAMPLES_PER_SHARD, BYTES_PER_SHARD = 2000, 256 << 20
@@ -52,12 +54,12 @@ def copy_samples(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Shard]:
-    """Write the set, or go on writing it. Raises ValueError when `out` holds another, DamagedSample on damage."""
-    if not SHARD_NAME.fullmatch(choice.name[:73]) or len(choice.name) > 73:
-        raise ValueError(f"--name {choice.name!r}: expected at most 73 letters, digits, _ and -")
-    if not len(choice.rows):
-        raise ValueError(f"no sample is left for {out}")
-    shards = open_sets(choice.folders)
+    """Write the set, or go on writing it.
+
+    Raises ValueError as `check_copy` does, and where a sample holds members that it does not list; DamagedSample on
+    damage.
+    """
+    shards = check_copy(choice, out)
     parts = deal_rows(shards, choice.rows, choice.samples_per_shard, choice.bytes_per_shard)
     with Journal(out, _identity(choice, shards)) as journal:
         done = journal.shards
@@ -80,6 +82,35 @@ def copy_samples(
         facts = {"images": images, "sources": _sources(counts, shards), "drops": {}, "made_by": choice.made_by}
         journal.finish(done, name=choice.name, kind=shards.kind, **(facts | choice.facts))
     return done
+
+
+def check_copy(choice: Choice, out: Path) -> ShardSet:
+    """The sets of the choice. Raises ValueError when `copy_samples` would not write it to `out`; changes nothing."""
+    if not SHARD_NAME.fullmatch(choice.name[:73]) or len(choice.name) > 73:
+        raise ValueError(f"--name {choice.name!r}: expected at most 73 letters, digits, _ and -")
+    if not len(choice.rows):
+        raise ValueError(f"no sample is left for {out}")
+    shards = open_sets(choice.folders)
+    repeated = len(choice.rows) - len(np.unique(shards.index["key_hash"][choice.rows]))
+    if repeated:
+        raise ValueError(
+            f"{' '.join(choice.folders)}: {count_text(repeated, 'sample')} with the key of another; run python -m "
+            "data_tools reshard on it, which keeps the first of each"
+        )
+    journal = Journal(out, _identity(choice, shards))
+    try:
+        journal.look()
+    except ValueError as error:
+        before = ((journal.state or {}).get("options", {}).get("made_by") or {}).get("command")
+        if journal.state is not None and before != choice.made_by.get("command"):
+            raise ValueError(f"{out} holds a set made by another command; choose another --out") from error
+        raise
+    return shards
+
+
+def first_of_each_key(shards: ShardSet) -> np.ndarray:
+    """int64[n]: all rows but those whose key an earlier row has; twice in one shard, no other reader opens it."""
+    return np.sort(np.unique(shards.index["key_hash"], return_index=True)[1])
 
 
 def deal_rows(
@@ -154,10 +185,8 @@ def _write_shard(
     writer, sources = ShardWriter(Path(out), name), Counter[str]()
     try:
         for row in rows.tolist():
-            record = shards.index[row]
-            entries = shards.read_span(row)
-            writer.add_raw(entries, record, shape)
-            sample = parse_sample(entries[BLOCK : BLOCK + int(record["json_len"])])
+            sample, entries = shards.read_entries(row)
+            writer.add_raw(entries, shards.index[row], shape)
             sources[str(sample.get("source") or "")] += 1
         return writer.close(), sources
     except BaseException:

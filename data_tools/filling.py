@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.convert import Packed
 from data_tools.writer import ShardWriter
-from pivot.data.shards import Shard
+from pivot.data.manifest import Shard
 
 MAX_OPEN = 64  # files, and a few MB of index records; a shape too many ends the shard that got no sample for longest
 

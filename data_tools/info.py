@@ -14,7 +14,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 NUM_BARS = 24
 
 
-def describe(folder: Path, top: int = 3) -> dict[str, Any]:
+def describe(folder: str | Path, top: int = 3) -> dict[str, Any]:
     """The facts, for `--json`."""
     shards = ShardSet.open(folder)
     index, manifest = shards.index, shards.manifest
@@ -43,7 +43,7 @@ def describe(folder: Path, top: int = 3) -> dict[str, Any]:
         "letters": {name: _spread(values) for name, values in columns.items()},
         "largest_samples": [
             {"row": int(row), "bytes": int(index["span"][row]), "where": shards.describe(int(row))}
-            for row in np.argsort(-index["span"].astype(np.int64), kind="stable")[: max(0, top)]
+            for row in np.argsort(-index["span"].astype(np.int64), kind="stable")[:top]
         ],
     }
 

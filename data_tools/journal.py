@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -17,15 +18,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from pivot.data.shards import MANIFEST_VERSION, Shard, set_fingerprint
+from pivot.data.index import BYTES_PER_RECORD
+from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.files import write_json
+
+# What write_json leaves when it is killed. It is nobody's: who else would finish it does not hold our lock.
+LEFTOVER = re.compile(r"(pack|manifest|stats)\.json\.\d+\.part")
 
 
 class Journal:
     """Held with `with`, which takes the lock of folder `out`.
 
     `state` is what the last run saved, or None for a fresh start. Raises ValueError when the folder holds something
-    else, or when another process is writing there.
+    else or lacks shards that it lists, or when another process is writing there.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
@@ -48,14 +53,24 @@ class Journal:
         self._release()
 
     def _open(self) -> Journal:
+        self._require_folder()
         if not self._manifest.is_file():
             self._take_lock()
+        return self.look()
+
+    def look(self) -> Journal:
+        """Read what the folder holds, without the lock and without a change in it; raises ValueError like `with`."""
+        self._require_folder()
         self.finished = self._manifest.is_file()
         path = self._manifest if self.finished else self._path
         if path.is_file():
-            self.state = json.loads(path.read_text())
+            try:
+                self.state = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}); remove {self.out} and run the command again") from error
             self._require_same(self.state or {})
-        else:
+            require_files(self.out, self.shards)
+        elif self.out.is_dir():
             self._require_empty()
         return self
 
@@ -90,6 +105,14 @@ class Journal:
         for path in chain((self.out / "shards").glob("*"), (self.out / "index").glob("*")):
             if path.name.split(".")[0] not in known or path.name.endswith(".part"):
                 path.unlink()
+        for path in self.out.iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                path.unlink()
+
+    def _require_folder(self) -> None:
+        there = next(path for path in (self.out.absolute(), *self.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"--out {self.out}: {there} is a file, expected a folder to write; choose another --out")
 
     def _require_same(self, state: dict[str, Any]) -> None:
         before = state.get("options", {})
@@ -102,8 +125,7 @@ class Journal:
             raise ValueError(f"{self.out} holds a pack with other options ({'; '.join(changed)}); choose another --out")
 
     def _require_empty(self) -> None:
-        inside = [path.name for path in self.out.iterdir() if self._lock is None or path.name != "pack.lock"]
-        if inside:
+        if any(path.name != "pack.lock" and not LEFTOVER.fullmatch(path.name) for path in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no pack; choose another --out")
 
     def _take_lock(self) -> None:
@@ -128,3 +150,19 @@ class Journal:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         self._lock = file
+
+
+def require_files(out: Path, shards: Iterable[Shard]) -> None:
+    """Raise ValueError unless the shards are there in their sizes; to read them again is the work of `validate`."""
+    for shard in shards:
+        sizes = {
+            out / "shards" / f"{shard.name}.tar": shard.bytes,
+            out / "index" / f"{shard.name}.idx": shard.samples * BYTES_PER_RECORD,
+        }
+        for path, size in sizes.items():
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                raise ValueError(
+                    f"{path} {'is not there' if found is None else f'has {found} bytes'}, and was written with {size}; "
+                    f"put it back, or remove {out} and run the same command again to write it all anew"
+                )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ import numpy as np
 from data_tools.convert import IMAGE_PLACEHOLDER, Packed, convert
 from data_tools.filling import Filling
 from data_tools.journal import Journal
-from data_tools.readers import Reader, find_reader
+from data_tools.readers import find_reader
 from data_tools.records import Drop, Record
-from data_tools.workers import worker_pool
-from pivot.data.shards import INDEX_RECORD, SHARD_NAME, Shard, key_hash
+from pivot.data.index import INDEX_RECORD, key_hash
+from pivot.data.manifest import SHARD_NAME, Shard
 from pivot.files import write_json
+from pivot.workers import worker_pool
 
 TOOL_VERSION = 3  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
 CHUNK = 16  # records per message to a worker
@@ -89,7 +90,9 @@ class Tally:
         self.drops[drop.reason] = self.drops.get(drop.reason, 0) + 1
         examples = self.examples.setdefault(drop.reason, [])
         if len(examples) < NUM_EXAMPLES:
-            examples.append({"id": drop.id, "detail": drop.detail})
+            # What is not Unicode in it, often the reason for the drop, can neither be stored nor shown.
+            texts = {"id": drop.id, "detail": drop.detail}.items()
+            examples.append({name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts})
 
 
 @dataclass(frozen=True)
@@ -108,30 +111,37 @@ def pack(options: PackOptions, progress: Callable[[Tally], None] = lambda tally:
 
     Raises ValueError for a source that no reader knows, and for an output folder that holds another pack.
     """
-    _, reader = find_reader(options.source, options.format, options.mapping)
-    with Journal(options.out, identity(options)) as journal:
+    known = identity(options)
+    options = replace(options, format=known["format"])  # to find it out takes reading
+    with Journal(options.out, known) as journal:
         tally = Tally(**journal.state["tally"]) if journal.state else Tally()
         shards = journal.shards
         if journal.finished:
             check_unchanged(options, tally)
             return PackResult(tally, shards, complete=True)
-        shards = _write_shards(_rows(reader, options), options, tally, journal, progress)
+        shards = _write_shards(_rows(options), options, tally, journal, progress)
         complete = tally.drop_ratio <= options.max_drop
         _write_stats(options.out, tally, shards)
         if complete:
-            if not shards:
-                raise ValueError(f"{options.source}: no sample is left; the reasons are in {options.out}/stats.json")
+            _require_samples(options, tally)
             facts = {"images": tally.images, "sources": tally.sources, "drops": tally.drops, "tally": asdict(tally)}
             journal.finish(shards, name=_name_of(options), kind=tally.kind, **facts)
     return PackResult(tally, shards, complete)
 
 
 def try_pack(options: PackOptions, progress: Callable[[Tally], None] = lambda tally: None) -> tuple[Tally, int]:
-    """(tally, bytes) of what `pack` would do: every image is decoded and nothing is written."""
-    _, reader = find_reader(options.source, options.format, options.mapping)
-    _name_of(options)
+    """(tally, bytes) of what `pack` would do: every image is decoded and nothing is written. Raises what it would."""
+    known = identity(options)
+    options = replace(options, format=known["format"])
+    journal = Journal(options.out, known).look()
+    done = Tally(**journal.state["tally"]) if journal.state else Tally()
+    if journal.finished:
+        check_unchanged(options, done)
+        return done, sum(shard.bytes for shard in journal.shards)
+    if journal.state:
+        deque(_skip(_rows(options), done, options.out), maxlen=0)
     tally, seen, size = Tally(), set[int](), 0
-    for row, result in _converted(_rows(reader, options), options):
+    for row, result in _converted(_rows(options), options):
         result = _judge(row, result, tally, seen)
         if isinstance(result, Packed):
             size += result.num_bytes
@@ -141,7 +151,15 @@ def try_pack(options: PackOptions, progress: Callable[[Tally], None] = lambda ta
             tally.drop(result)
         tally.read(row)
         progress(tally)
+    if tally.drop_ratio <= options.max_drop:
+        _require_samples(options, tally)
     return tally, size
+
+
+def _require_samples(options: PackOptions, tally: Tally) -> None:
+    if tally.num_dropped == tally.rows:
+        drops = ", ".join(f"{reason}: {count}" for reason, count in tally.drops.items())
+        raise ValueError(f"{options.source}: no sample is left ({drops}); mend the input")
 
 
 def ordered_map(
@@ -167,9 +185,19 @@ def _map_chunk(function: Callable[[Any], Any], chunk: list[Any]) -> list[Any]:
     return [function(item) for item in chunk]
 
 
-def _rows(reader: Reader, options: PackOptions) -> Iterator[Record | Drop]:
-    for row in reader.read(options.source, options.image_roots):
-        if options.turns == "each" and isinstance(row, Record) and row.rejected is None:
+def _rows(options: PackOptions) -> Iterator[Record | Drop]:
+    """Raises ValueError when there is none, before anything is written."""
+    format, reader = find_reader(options.source, options.format, options.mapping)
+    rows = _cut_turns(reader.read(options.source, options.image_roots), options.turns)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{options.source} holds no row of the format {format}; look into it, or give its --format")
+    return chain([first], rows)
+
+
+def _cut_turns(rows: Iterable[Record | Drop], turns: str) -> Iterator[Record | Drop]:
+    for row in rows:
+        if turns == "each" and isinstance(row, Record) and row.rejected is None:
             yield from each_answer(row)
         else:
             yield row
@@ -332,8 +360,7 @@ def _skip(rows: Iterator[Record | Drop], done: Tally, out: Path) -> Iterator[tup
 
 def check_unchanged(options: PackOptions, done: Tally) -> None:
     """Raise ValueError unless the input has the rows that were packed and no more."""
-    _, reader = find_reader(options.source, options.format, options.mapping)
-    rows = _rows(reader, options)
+    rows = _rows(options)
     deque(_skip(rows, done, options.out), maxlen=0)
     if next(rows, None) is not None:
         raise ValueError(f"{options.out} holds a complete pack, and the input has more rows now; choose another --out")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.console import Output
+from data_tools.console import Output, count_text
 from pivot.config import Config
 from pivot.config_load import load_config
-from pivot.data.lengths import build_lengths
+from pivot.data.lengths import build_lengths, missing_lengths
 from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet
 from pivot.processor import Processor
@@ -24,6 +25,10 @@ class RunData:
     shards: ShardSet
     cache_dir: Path
 
+    @property
+    def countable(self) -> tuple[ShardSet, Processor, Path]:
+        return self.shards, self.processor, self.cache_dir
+
     def plan(self, world_size: int, **changes: Any) -> Plan:
         """The plan of the run on so many ranks."""
         import torch
@@ -35,8 +40,17 @@ class RunData:
         return build_plan(self.config, self.shards, self.processor, self.cache_dir, world, **changes)
 
 
-def open_run(config: Path, overrides: list[str], output: Output, workers: int, *, count: bool = True) -> RunData:
-    """Open the data that a run would train on, and, with `count`, count tokens where that was not done yet."""
+def read_overrides(options: argparse.Namespace) -> list[str]:
+    """The key=value settings over --config. Raises ValueError where there is nothing that they could be over."""
+    if options.config is not None:  # argparse takes the first of them for DIR
+        return [*([options.folder] if options.folder is not None else []), *options.overrides]
+    if options.overrides:
+        raise ValueError(f"{options.overrides[0]}: key=value settings need the --config RUN.yaml that they change")
+    return []
+
+
+def open_run(config: Path, overrides: list[str]) -> RunData:
+    """Open the data that a run would train on; of a remote set the index is fetched."""
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets; stdout is for the result
         from pivot.inputs import open_data, settle_cache_dir
         from pivot.models.build import settle_sources
@@ -44,9 +58,21 @@ def open_run(config: Path, overrides: list[str], output: Output, workers: int, *
 
     loaded = load_config(config, overrides)
     processor = build_processor(settle_sources(loaded).model, loaded.data)
-    shards, cache_dir = open_data(loaded), settle_cache_dir(loaded, loaded.data.train)
+    return RunData(loaded, processor, open_data(loaded), settle_cache_dir(loaded, loaded.data.train))
+
+
+def count_tokens(shards: ShardSet, processor: Processor, cache_dir: Path, output: Output, workers: int) -> None:
+    """Count where that was not done yet, as the start of a run does."""
+    line = output.progress("samples")
+    build_lengths(shards, processor, cache_dir, line, workers)
+    line.close()
+
+
+def num_uncounted(shards: ShardSet, processor: Processor, cache_dir: Path, output: Output) -> int:
+    """For --dry-run: how many samples `count_tokens` would count, said in words if there are any."""
+    missing = missing_lengths(shards, processor, cache_dir)
+    count = sum(shards.shards[number].samples for number in missing)
     if count:
-        line = output.progress("samples")
-        build_lengths(shards, processor, cache_dir, line, workers)
-        line.close()
-    return RunData(loaded, processor, shards, cache_dir)
+        what = f"{count_text(count, 'sample')} in {count_text(len(missing), 'shard')}"
+        output.say(f"would count the tokens of {what}, into {cache_dir}/lengths")
+    return count

@@ -10,12 +10,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from data_tools.copying import Choice, copy_samples
 from data_tools.draw import shuffled
-from data_tools.pack import PackOptions, PackResult, Tally, check_unchanged, identity, pack
-from pivot.data.shards import Shard, ShardSet
+from data_tools.journal import Journal, require_files
+from data_tools.pack import PackOptions, PackResult, Tally, check_unchanged, identity, pack, try_pack
+from pivot.data.manifest import Shard
+from pivot.data.shards import ShardSet
 
 
 def pack_shuffled(
@@ -25,12 +28,8 @@ def pack_shuffled(
     copied: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackResult:
     """`pack`, then the samples in the order that their keys and `seed` give; stats.json is that of the pack."""
-    staged = options.out.absolute().with_name(f"{options.out.absolute().name}-unshuffled")
-    made_by = {"command": "pack", "shuffle_seed": seed}
-    manifest = options.out / "manifest.json"
-    if manifest.is_file():
-        result = _finished(json.loads(manifest.read_text()), options, made_by)
-    else:
+    staged, result = _staged(options), _finished(options, seed)
+    if result is None:
         result = pack(replace(options, out=staged), progress)
         if not result.complete:
             return result
@@ -39,7 +38,7 @@ def pack_shuffled(
             folders=(str(staged),),
             rows=shuffled(shards.index["key_hash"], seed),
             name=shards.name,
-            made_by=made_by,
+            made_by=_made_by(seed),
             samples_per_shard=options.samples_per_shard,
             bytes_per_shard=options.bytes_per_shard,
             facts={name: shards.manifest[name] for name in ("drops", "tally")} | {"packed_with": identity(options)},
@@ -52,10 +51,36 @@ def pack_shuffled(
     return result
 
 
-def _finished(manifest: dict[str, Any], options: PackOptions, made_by: dict[str, Any]) -> PackResult:
-    found, wanted = (manifest.get("made_by"), manifest.get("packed_with")), (made_by, identity(options))
+def try_pack_shuffled(
+    options: PackOptions, seed: int, progress: Callable[[Tally], None] = lambda tally: None
+) -> tuple[Tally, int]:
+    """`try_pack` for `pack_shuffled`."""
+    result = _finished(options, seed)
+    if result is None:
+        return try_pack(replace(options, out=_staged(options)), progress)
+    return result.tally, sum(shard.bytes for shard in result.shards)
+
+
+def _staged(options: PackOptions) -> Path:
+    out = options.out.absolute()
+    return out.with_name(f"{out.name}-unshuffled")
+
+
+def _made_by(seed: int) -> dict[str, Any]:
+    return {"command": "pack", "shuffle_seed": seed}
+
+
+def _finished(options: PackOptions, seed: int) -> PackResult | None:
+    """What an earlier run made to its end. Raises ValueError when --out holds something else, before hours of work."""
+    path = options.out / "manifest.json"
+    if not path.is_file():
+        Journal(options.out, {"made_by": _made_by(seed)}).look()
+        return None
+    manifest = json.loads(path.read_text())
+    found, wanted = (manifest.get("made_by"), manifest.get("packed_with")), (_made_by(seed), identity(options))
     if found != wanted:
         raise ValueError(f"{options.out} holds a set made otherwise ({found}, not {wanted}); choose another --out")
-    tally = Tally(**manifest["tally"])
+    tally, shards = Tally(**manifest["tally"]), [Shard(**entry) for entry in manifest["shards"]]
+    require_files(options.out, shards)
     check_unchanged(options, tally)
-    return PackResult(tally, [Shard(**entry) for entry in manifest["shards"]], complete=True)
+    return PackResult(tally, shards, complete=True)

@@ -14,8 +14,10 @@ import numpy as np
 from data_tools.copying import read_shape
 from data_tools.pack import ordered_map
 from pivot.data.images import ImageError, decode_rgb
+from pivot.data.index import key_hash
+from pivot.data.manifest import Shard
 from pivot.data.samples import ROLES_OF_KIND, message_text
-from pivot.data.shards import DamagedSample, Shard, ShardSet, key_hash
+from pivot.data.shards import DamagedSample, ShardSet
 
 
 @dataclass
@@ -26,20 +28,24 @@ class Found:
 
 
 def validate(
-    folder: Path,
+    folder: str | Path,
     *,
     fast: bool = False,
     workers: int = 1,
     progress: Callable[[int, int, str], None] = lambda done, total, remark: None,
 ) -> Found:
-    """Hashes, index against tar, keys, texts, and every image decoded; with `fast` what the index tells alone.
+    """Hashes, index against tar, keys, members, texts, every image decoded; with `fast` what the index tells alone.
 
-    Raises ValueError when the set cannot be opened at all.
+    A shard that is missing or cut is a problem like others, and its samples are not counted. Raises ValueError when the
+    manifest cannot be read.
     """
-    shards = ShardSet.open(folder)
-    found = Found(len(shards), int(shards.index["n_images"].sum()))
+    shards, problems = ShardSet.open_sound(folder)
+    found = Found(len(shards), int(shards.index["n_images"].sum()), problems)
     keys, counts = np.unique(shards.index["key_hash"], return_counts=True)
-    found.problems += [f"{folder}: key_hash {int(key):016x} occurs more than once" for key in keys[counts > 1]]
+    found.problems += [
+        f"{folder}: key_hash {int(key):016x} occurs more than once; python -m data_tools reshard keeps the first"
+        for key in keys[counts > 1]
+    ]
     found.problems += _check_spans(shards)
     if fast:
         return found
@@ -69,7 +75,7 @@ def _check_spans(shards: ShardSet) -> list[str]:
 @lru_cache(maxsize=1)
 def _opened(folder: str) -> ShardSet:
     """Once in each worker: sent with every task, a large index would be copied every time."""
-    return ShardSet.open(folder)
+    return ShardSet.open_sound(folder)[0]
 
 
 def _check_shard(folder: str, number: int) -> list[str]:
@@ -98,13 +104,17 @@ def _check_tar(shards: ShardSet, number: int) -> list[str]:
             return [f"{path}: sha256 differs from manifest.json; copy the shard again"]
     index = shards.index[shards.first_rows[number] : shards.first_rows[number + 1]]
     with tarfile.open(path) as tar:
-        heads = [(m.offset, key_hash(m.name.removesuffix(".json"))) for m in tar if m.name.endswith(".json")]
+        members = [(member.offset, member.name) for member in tar]
+    heads = [(offset, key_hash(name.removesuffix(".json"))) for offset, name in members if name.endswith(".json")]
     if heads != [(int(record["offset"]), int(record["key_hash"])) for record in index]:
         return [f"{path}: its index names other samples; pack it again"]
+    if members[-1][0] >= int(index[-1]["offset"]) + int(index[-1]["span"]):
+        return [f"{path}: holds {members[-1][1]!r} behind the last sample of its index; pack it again"]
     return []
 
 
 def _check_sample(shards: ShardSet, row: int) -> list[str]:
+    shards.read_entries(row)
     sample, files = shards.read(row)
     problems = []
     if sample["kind"] != shards.kind:

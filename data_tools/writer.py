@@ -7,6 +7,7 @@ import mmap
 import os
 import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -14,8 +15,9 @@ import numpy as np
 import webdataset
 
 from data_tools.convert import Packed
+from pivot.data.index import INDEX_RECORD, key_hash
+from pivot.data.manifest import Shard
 from pivot.data.samples import message_text
-from pivot.data.shards import INDEX_RECORD, Shard, key_hash
 from pivot.files import sync_folder, write_atomically
 
 U16, U32 = 2**16 - 1, 2**32 - 1
@@ -61,8 +63,11 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was written, after a failure; a full disk is not left full."""
         self._writer.tarstream.fileobj.closed = True  # or its end would be written when it is collected
-        self._file.close()
-        _part(self._tar_path).unlink(missing_ok=True)
+        # First the name, which frees the space: closing writes what is buffered, and on a full disk that fails again.
+        with suppress(OSError):
+            _part(self._tar_path).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._file.close()
 
     def close(self) -> Shard:
         """Finish both files and rename them into place."""
@@ -76,8 +81,8 @@ class ShardWriter:
         index = np.array(self._records, dtype=INDEX_RECORD).tobytes()
         _fsync(self._file)
         self._file.close()
+        write_atomically(self._idx_path, index)  # while `abandon` still finds the tar, should this fill the disk
         _part(self._tar_path).replace(self._tar_path)
-        write_atomically(self._idx_path, index)
         sync_folder(self._tar_path.parent)
         shape = self._shapes.pop() if len(self._shapes) == 1 else ""
         return Shard(self.name, len(self._records), size, sha256, hashlib.sha256(index).hexdigest(), shape)

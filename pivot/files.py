@@ -12,14 +12,21 @@ import numpy as np
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers see the old content or the new one, also after a power cut. The folder is made."""
+    """Readers see the old content or the new one, also after a power cut. The folder is made.
+
+    A failure leaves nothing behind, least of all on a disk that it filled.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -13,7 +13,7 @@ from pivot.files import write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the packed sets of the runs")
+    command.add_argument("folders", nargs="+", metavar="DIR", help="the packed sets of the runs")
     command.add_argument(
         "--from",
         dest="logs",
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
     shards = open_sets(options.folders)
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for log in options.logs:
-        for number, line in enumerate(log.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(_read(log).splitlines(), 1):
             entry = _entry(shards, line, f"{log}:{number}")
             found.setdefault((entry["shard"], entry["ordinal"]), entry)
     samples = [found[key] for key in sorted(found)]
@@ -40,6 +40,15 @@ def run(options: argparse.Namespace, output: Output) -> int:
     output.say(f"{verb} {len(samples)} samples to {options.out}; a new run leaves them out with data.exclude=...")
     output.result({"out": str(options.out), "samples": samples})
     return 0
+
+
+def _read(log: Path) -> str:
+    try:
+        return log.read_text("utf-8")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--from {log}: no such text file; name bad-samples-rank*.jsonl in the output_dir of a run that met damage"
+        ) from error
 
 
 def _entry(shards: ShardSet, line: str, where: str) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.arguments import count
 from data_tools.console import Output
-from data_tools.runs import open_run
+from data_tools.runs import count_tokens, num_uncounted, open_run, read_overrides
 from pivot.config import DataConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pivot.data.lengths import Lengths, build_lengths, load_lengths, missing_lengths
+from pivot.data.lengths import Lengths, load_lengths
 from pivot.data.shards import ShardSet
 
 LIMITS = (512, 1024, 2048, 4096, 8192)
@@ -17,33 +18,30 @@ PERCENTILES = (0, 50, 90, 99, 100)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a packed set; or --config")
+    command.add_argument("folder", nargs="?", metavar="DIR", help="a packed set; or --config")
     command.add_argument("--config", type=Path, help="a run's YAML: count for that run, where it will look")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings over --config")
     command.add_argument("--tokenizer", help="folder or hub id of the language model")
     command.add_argument("--vision-tower", help="folder, hub id, CONFIG.json or open_clip:MODEL: tokens per image")
-    command.add_argument("--image-size", type=int, help="pixels a side, if not the encoder's own")
+    command.add_argument("--image-size", type=count, help="pixels a side, if not the encoder's own")
     command.add_argument("--chat-template", help="a Jinja file, if not the tokenizer's own")
     command.add_argument("--cache-dir", type=Path, help="where to keep the counts (DIR)")
-    command.add_argument("--limit", type=int, action="append", help=f"show the share over it; repeatable {LIMITS}")
+    command.add_argument("--limit", type=count, action="append", help=f"show the share over it; repeatable {LIMITS}")
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
+    overrides = read_overrides(options)
     if options.config is not None:
-        overrides = [*([str(options.folder)] if options.folder else []), *options.overrides]
-        data = open_run(options.config, overrides, output, options.workers, count=False)
-        shards, processor, cache_dir = data.shards, data.processor, data.cache_dir
+        shards, processor, cache_dir = open_run(options.config, overrides).countable
     else:
         shards, processor, cache_dir = _open(options)
-    missing = missing_lengths(shards, processor, cache_dir)
     if options.dry_run:
-        count = sum(shards.shards[i].samples for i in missing)
-        output.say(f"would count the tokens of {count} samples in {len(missing)} shards, into {cache_dir}/lengths")
-        output.result({"missing": count})
+        missing = num_uncounted(shards, processor, cache_dir, output)
+        if not missing:
+            output.say(f"{cache_dir}/lengths holds the counts of all samples; nothing would be written")
+        output.result({"missing": missing})
         return 0
-    line = output.progress("samples")
-    build_lengths(shards, processor, cache_dir, line, options.workers)
-    line.close()
+    count_tokens(shards, processor, cache_dir, output, options.workers)
     lengths = load_lengths(shards, processor, cache_dir)
     facts = summarise(lengths, tuple(options.limit or LIMITS))
     facts |= {"samples": len(lengths), "tokens_per_image": processor.geometry.num_tokens, "cache_dir": str(cache_dir)}
@@ -62,7 +60,7 @@ def _open(options: argparse.Namespace) -> tuple[ShardSet, Any, Path]:
     tower = VisionTowerConfig(path=options.vision_tower, image_size=options.image_size)
     model = ModelConfig(vision_tower=tower, language_model=LanguageModelConfig(path=options.tokenizer))
     processor = build_processor(model, DataConfig(chat_template=options.chat_template))
-    return ShardSet.open(options.folder), processor, options.cache_dir or options.folder
+    return ShardSet.open(options.folder), processor, options.cache_dir or Path(options.folder)
 
 
 def summarise(lengths: Lengths, limits: tuple[int, ...]) -> dict[str, Any]:

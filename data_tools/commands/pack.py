@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_tools.arguments import count, seed
 from data_tools.console import Output, bytes_text, count_text
 from data_tools.pack import PackOptions, Tally, pack, try_pack
 from data_tools.readers import READERS, find_reader
 from data_tools.readers.generic import FIELDS, parse_mapping
 from data_tools.records import Drop, ImageBytes, Record
-from data_tools.shuffle import pack_shuffled
+from data_tools.shuffle import pack_shuffled, try_pack_shuffled
 
 SHOWN_ROWS = 3
 SHOWN_LETTERS = 200
@@ -41,7 +43,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="which answers of SFT conversations to train on (%(default)s)",
     )
     command.add_argument(
-        "--max-side", type=int, metavar="PX", help="make larger images smaller (JPEG); by default all keep their bytes"
+        "--max-side",
+        type=count,
+        metavar="PX",
+        help="make larger images smaller (JPEG); by default all keep their bytes",
     )
     command.add_argument(
         "--max-drop",
@@ -55,9 +60,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="put the samples in a drawn order, for readers that read shards front to back (pivot draws its own "
         "order) and for sets to be read from afar; takes the set's size twice while it runs",
     )
-    command.add_argument("--seed", type=int, default=0, help="of --shuffle (%(default)s)")
-    command.add_argument("--samples-per-shard", type=int, default=2000, help="at most (%(default)s)")
-    command.add_argument("--megabytes-per-shard", type=int, default=256, help="at most (%(default)s)")
+    command.add_argument("--seed", type=seed, default=0, help="of --shuffle (%(default)s)")
+    command.add_argument("--samples-per-shard", type=count, default=2000, help="at most (%(default)s)")
+    command.add_argument("--megabytes-per-shard", type=count, default=256, help="at most (%(default)s)")
 
 
 def _formats() -> str:
@@ -66,13 +71,11 @@ def _formats() -> str:
 
 def run(options: argparse.Namespace, output: Output) -> int:
     mapping = parse_mapping(options.map)
+    _check(options)
     if options.show_mapping:
         return _show_mapping(options, mapping, output)
     if options.out is None:
         raise ValueError("--out is missing: name the folder to write")
-    limits = (options.samples_per_shard, options.megabytes_per_shard, options.max_side)
-    if any(limit is not None and limit < 1 for limit in limits):
-        raise ValueError("--samples-per-shard, --megabytes-per-shard and --max-side: expected at least 1")
     wanted = PackOptions(
         source=options.source,
         out=options.out,
@@ -94,10 +97,13 @@ def run(options: argparse.Namespace, output: Output) -> int:
         line(tally.rows, None, f"{tally.num_dropped:,} dropped")
 
     if options.dry_run:
-        tally, size = try_pack(wanted, progress)
+        there = (options.out / "manifest.json").is_file()
+        dry_run = partial(try_pack_shuffled, seed=options.seed) if options.shuffle else try_pack
+        tally, size = dry_run(wanted, progress=progress)
         line.close()
-        num_samples, complete = tally.rows - tally.num_dropped, tally.drop_ratio <= options.max_drop
-        text = f"would write {num_samples} samples, {bytes_text(size)} of content, to {options.out}"
+        num_samples, complete = tally.rows - tally.num_dropped, there or tally.drop_ratio <= options.max_drop
+        would = f"would write {count_text(num_samples, 'sample')}, {bytes_text(size)} of content, to {options.out}"
+        text = f"{options.out} is complete: nothing would be written" if there else would
     else:
         if options.shuffle:
             result = pack_shuffled(wanted, options.seed, progress, copied := output.progress("samples copied"))
@@ -107,7 +113,8 @@ def run(options: argparse.Namespace, output: Output) -> int:
         line.close()
         tally, num_samples, complete = result.tally, result.num_samples, result.complete
         size = sum(shard.bytes for shard in result.shards)
-        text = f"{options.out}: {num_samples} samples in {count_text(len(result.shards), 'shard')}, {bytes_text(size)}"
+        counts = f"{count_text(num_samples, 'sample')} in {count_text(len(result.shards), 'shard')}"
+        text = f"{options.out}: {counts}, {bytes_text(size)}"
     _show_tally(tally, num_samples, output)
     output.result(
         {"out": str(options.out), "samples": num_samples, "bytes": size, "complete": complete} | asdict(tally)
@@ -123,11 +130,21 @@ def run(options: argparse.Namespace, output: Output) -> int:
     return 1
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for a value that would be found out late or never."""
+    if not 0 <= options.max_drop <= 1:  # nan is neither
+        raise ValueError(f"--max-drop is {options.max_drop:g}, expected a share of the rows from 0 to 1")
+    for flag, folders in (("--image-root", options.image_root), ("--allow-root", options.allow_root)):
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(f"{flag} {folder}: there is no such folder")
+
+
 def _show_tally(tally: Tally, num_samples: int, output: Output) -> None:
     rows = [("read", f"{tally.rows:,}", ""), ("kept", f"{num_samples:,}", "")]
-    for reason, count in sorted(tally.drops.items()):
+    for reason, dropped in sorted(tally.drops.items()):
         examples = "\n".join(f"{example['id']}: {example['detail']}" for example in tally.examples[reason])
-        rows.append((reason, f"{count:,}", examples))
+        rows.append((reason, f"{dropped:,}", examples))
     output.table(("rows", "count", "examples"), rows)
     if tally.untrained_answers:
         output.say(

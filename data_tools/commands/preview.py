@@ -4,7 +4,8 @@ import argparse
 import io
 from pathlib import Path
 
-from data_tools.console import Output, bytes_text
+from data_tools.arguments import count, seed
+from data_tools.console import Output, bytes_text, count_text
 from data_tools.copying import open_sets
 from data_tools.preview import choose, read_shown, to_html
 from data_tools.sheet import draw_sheet
@@ -13,7 +14,7 @@ from pivot.files import write_atomically
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
+    command.add_argument("folder", metavar="DIR", help="a packed set")
     command.add_argument(
         "--out",
         type=Path,
@@ -21,20 +22,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="ends with .html or .png; repeatable; by default DIR/preview.html",
     )
-    command.add_argument("--n", type=int, help="how many samples (40 on a page, 8 on a sheet)")
-    command.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    command.add_argument("--n", type=count, help="how many samples (40 on a page, 8 on a sheet)")
+    command.add_argument("--seed", type=seed, default=0, help="of the draw (%(default)s)")
     command.add_argument("--where", action="append", default=[], metavar="COND", help=HELP)
-    command.add_argument("--columns", type=int, default=2, help="of the sheet (%(default)s)")
+    command.add_argument("--columns", type=count, default=2, help="of the sheet (%(default)s)")
     command.add_argument("--dark", action="store_true", help="a dark sheet; the page follows the browser")
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
-    files = options.out or [options.folder / "preview.html"]
+    files = options.out or [Path(options.folder) / "preview.html"]
     for file in files:
         if file.suffix not in (".html", ".png"):
             raise ValueError(f"--out {file}: expected a file that ends with .html or .png")
-    if options.columns < 1 or (options.n is not None and options.n < 1):
-        raise ValueError("--n and --columns: expected at least 1")
     shards = open_sets([options.folder])
     conditions = [parse_where(text) for text in options.where]
     written = {}
@@ -49,11 +48,17 @@ def run(options: argparse.Namespace, output: Output) -> int:
             image = io.BytesIO()
             draw_sheet(shown, shards.name, columns=options.columns, dark=options.dark).save(image, "PNG")
             data = image.getvalue()
-        written[str(file)] = {"samples": len(shown), "unreadable": len(rows) - len(shown), "bytes": len(data)}
+        unreadable = len(rows) - len(shown)
+        written[str(file)] = {"samples": len(shown), "unreadable": unreadable, "bytes": len(data)}
         if not options.dry_run:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, data)
         verb = "would write" if options.dry_run else "wrote"
-        output.say(f"{verb} {file}: {len(shown)} samples, {bytes_text(len(data))}")
+        output.say(f"{verb} {file}: {count_text(len(shown), 'sample')}, {bytes_text(len(data))}")
+        if unreadable:
+            output.say(
+                f"{unreadable} of {len(rows)} cannot be read and is not shown; python -m data_tools validate "
+                f"{options.folder} lists what is damaged"
+            )
     output.result({"rows": rows, "files": written})
     return 0

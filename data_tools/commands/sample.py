@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from data_tools.arguments import count, seed, whole_number
 from data_tools.console import Output
-from data_tools.copying import Choice, copy_samples
+from data_tools.copying import Choice, check_copy, copy_samples
 from data_tools.draw import WAYS, Filters, draw
 from data_tools.where import HELP, parse_where, text_of
 from pivot.data.samples import Sample
@@ -21,18 +22,18 @@ SPECIAL = ("<image>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", 
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
+    command.add_argument("folder", metavar="DIR", help="a packed set")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--name", help="of the new set; by default that of DIR and the number")
     command.add_argument("--preset", choices=PRESETS, help="PIVOT's draw from MMPR; needs --tokenizer (Qwen2.5)")
-    command.add_argument("--num", type=int, help="how many samples; all that pass the filters, if absent")
-    command.add_argument("--seed", type=int, help="of the draw; 0 if absent")
+    command.add_argument("--num", type=count, help="how many samples; all that pass the filters, if absent")
+    command.add_argument("--seed", type=seed, help="of the draw; 0 if absent")
     command.add_argument("--by", choices=WAYS, help="rows: each alike; repeat_time: by the weight of its source")
     command.add_argument("--where", action="append", default=[], metavar="COND", help=HELP)
-    command.add_argument("--images", type=int, help="only samples with exactly so many images")
-    command.add_argument("--max-words", type=int, help="at most so many words in the longer answer")
+    command.add_argument("--images", type=whole_number(0), help="only samples with exactly so many images")
+    command.add_argument("--max-words", type=count, help="at most so many words in the longer answer")
     command.add_argument(
-        "--max-tokens", type=int, help="at most so many in prompt and chosen, text alone; needs --tokenizer"
+        "--max-tokens", type=count, help="at most so many in prompt and chosen, text alone; needs --tokenizer"
     )
     command.add_argument("--tokenizer", help="folder or hub id that --max-tokens counts with")
     command.add_argument(
@@ -58,9 +59,11 @@ def run(options: argparse.Namespace, output: Output) -> int:
     facts = {"by": wanted["by"], "seed": wanted["seed"], "num": len(drawn.rows), "preset": options.preset}
     facts |= {"filters": filters.facts(), "tokenizer": options.tokenizer, "input": shards.fingerprint}
     name = options.name or f"{shards.name[:64]}-{len(drawn.rows)}"
-    if not options.dry_run:
+    choice = Choice((options.folder,), drawn.rows, name, {"command": "sample", **facts})
+    if options.dry_run:
+        check_copy(choice, options.out)
+    else:
         line = output.progress("samples")
-        choice = Choice((str(options.folder),), drawn.rows, name, {"command": "sample", **facts})
         copy_samples(choice, options.out, workers=options.workers, progress=line)
         line.close()
     if drawn.refused:

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from data_tools.arguments import count, seed, whole_number
 from data_tools.console import Output
 from data_tools.copying import open_sets
 from data_tools.letters import LetterProcessor, letter_lengths
-from data_tools.runs import open_run
+from data_tools.runs import RunData, count_tokens, num_uncounted, open_run, read_overrides
 from data_tools.simulate import balance, load_ranks, plan_ranks, sample_ids
 from pivot.data.plan import Plan
 from pivot.data.samples import ROLES_OF_KIND
@@ -17,24 +18,29 @@ UNLIMITED = 1 << 62
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a packed set; or --config")
+    command.add_argument("folder", nargs="?", metavar="DIR", help="a packed set; or --config")
     command.add_argument("--config", type=Path, help="a run's YAML: its data, tokens and limits, exactly")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings over --config")
-    command.add_argument("--world-size", type=int, default=1, help="ranks (%(default)s)")
-    command.add_argument("--steps", type=int, default=10, help="how many (%(default)s)")
-    command.add_argument("--first-step", type=int, default=0, help="where to start, as a resumed run does")
-    command.add_argument("--global-batch-size", type=int, help="pairs per step (256, or the config's)")
-    command.add_argument("--seed", type=int, help="0, or the config's")
-    command.add_argument("--max-tokens-per-micro-batch", type=int, help="of --config; else rows are not cut")
+    command.add_argument("--world-size", type=count, default=1, help="ranks (%(default)s)")
+    command.add_argument("--steps", type=count, default=10, help="how many (%(default)s)")
+    command.add_argument("--first-step", type=whole_number(0), default=0, help="where to start, as a resumed run does")
+    command.add_argument("--global-batch-size", type=count, help="pairs per step (256, or the config's)")
+    command.add_argument("--seed", type=seed, help="0, or the config's")
+    command.add_argument("--max-tokens-per-micro-batch", type=count, help="of --config; else rows are not cut")
     command.add_argument("--real", action="store_true", help="read through the loader's processes (--workers of them)")
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
-    if options.config is not None and options.folder is not None:  # argparse takes the first key=value for it
-        options.overrides.insert(0, str(options.folder))
-    if min(options.world_size, options.steps) < 1 or options.first_step < 0:
-        raise ValueError("--world-size and --steps: expected at least 1, --first-step at least 0")
-    shards, plan, processor = _from_config(options, output) if options.config else _from_folder(options)
+    overrides = read_overrides(options)
+    if options.config is None:
+        shards, plan, processor = _from_folder(options)
+    else:
+        data = _open_config(options, overrides)
+        if options.dry_run and (missing := num_uncounted(*data.countable, output)):
+            output.result({"missing": missing})
+            return 0
+        count_tokens(*data.countable, output, options.workers)
+        shards, plan, processor = data.shards, data.plan(options.world_size), data.processor
     if options.real:
         ranks = load_ranks(shards, plan, processor, options.first_step, options.steps, options.workers)
     else:
@@ -73,15 +79,15 @@ def _from_folder(options: argparse.Namespace) -> tuple[ShardSet, Plan, Any]:
     return shards, plan, LetterProcessor()
 
 
-def _from_config(options: argparse.Namespace, output: Output) -> tuple[ShardSet, Plan, Any]:
+def _open_config(options: argparse.Namespace, overrides: list[str]) -> RunData:
     given = {
         "train.global_batch_size": options.global_batch_size,
         "train.seed": options.seed,
         "train.max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
-    overrides = [*options.overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    data = open_run(options.config, overrides, output, options.workers)
-    return data.shards, data.plan(options.world_size), data.processor
+    return open_run(
+        options.config, [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    )
 
 
 def _show(document: dict[str, Any], plan: Plan, output: Output) -> None:

@@ -5,19 +5,25 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.arguments import count
 from data_tools.console import Output
-from data_tools.runs import RunData, open_run
+from data_tools.runs import RunData, count_tokens, num_uncounted, open_run
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("configs", type=Path, nargs=2, metavar="CONFIG", help="the YAMLs of two runs, say SFT and DPO")
-    command.add_argument("--steps", type=int, default=100, help="how many to compare (%(default)s)")
+    command.add_argument("--steps", type=count, default=100, help="how many to compare (%(default)s)")
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
-    if options.steps < 1:
-        raise ValueError("--steps: expected at least 1")
-    one, other = (open_run(config, [], output, options.workers) for config in options.configs)
+    one, other = (open_run(config, []) for config in options.configs)
+    if options.dry_run:
+        missing = [num_uncounted(*run.countable, output) for run in (one, other)]
+        if any(missing):
+            output.result({"missing": missing})
+            return 0
+    for run in (one, other):
+        count_tokens(*run.countable, output, options.workers)
     plans = one.plan(1), other.plan(1)
     differing = [
         f"{name}: {plans[0].parts.get(name)} and {plans[1].parts.get(name)}"

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from data_tools.console import Output
+from data_tools.console import Output, count_text
 from data_tools.validate import validate
 
 SHOWN_PROBLEMS = 50
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="DIR", help="a packed set")
+    command.add_argument("folder", metavar="DIR", help="a packed set")
     command.add_argument("--fast", action="store_true", help="sizes, index and manifest only; no shard is read")
 
 
@@ -24,6 +23,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
     if len(found.problems) > shown:
         output.error(f"and {len(found.problems) - shown} more; -v lists them all")
     what = "indexed" if options.fast else "read"
-    output.say(f"{options.folder}: {found.num_samples} samples {what}, {len(found.problems)} problems")
+    counts = f"{count_text(found.num_samples, 'sample')} {what}, {count_text(len(found.problems), 'problem')}"
+    output.say(f"{options.folder}: {counts}")
     output.result({"samples": found.num_samples, "images": found.num_images, "problems": found.problems})
     return 1 if found.problems else 0

@@ -31,11 +31,11 @@ from data_tools.demo.architecture import write_architecture
 from data_tools.demo.questions import CAPTION_REQUEST, Question, ask, caption
 from data_tools.demo.scenes import SIDE, Scene, draw_scene
 from data_tools.demo.sheet import draw_sheet
-from data_tools.workers import worker_pool
 from data_tools.writer import ShardWriter
+from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.data.samples import SAMPLE_VERSION, check_sample, dump_sample
-from pivot.data.shards import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.files import write_json
+from pivot.workers import worker_pool
 
 WORLD_VERSION = 1  # raise it when the same options would give other bytes
 SCENES_PER_BLOCK = 500  # a block is what one worker makes: one shard of each set

@@ -17,7 +17,7 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    turns = turns_of(row["conversations"], "conversations")
+    turns = turns_of(row.get("conversations"), "conversations")
     while turns and turns[-1][0] != "assistant":  # a question that nobody answered
         turns.pop()
     history, question = question_of(turns[:-1], "conversations")

@@ -8,15 +8,17 @@ meta.json count from its own folder, or from the one above (as released: MMPR-v1
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.records import Drop, Record, as_images
+from data_tools.readers import rlaif_v
+from data_tools.readers.rows import Place, load_json, parse_line, read_row
+from data_tools.records import Drop, Record
 
 MAX_META_BYTES = 10_000_000  # of a file by another name: one that large is a list of rows
-_FIELDS = ("question", "chosen", "rejected")
 
 
 def matches(path: Path) -> bool:
@@ -27,20 +29,24 @@ def matches(path: Path) -> bool:
         return False
     try:
         return bool(_read_meta(meta))
-    except (ValueError, AttributeError):
+    except ValueError:
         return False
 
 
 def read(path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]:
     meta = _meta_path(path)
     bases = [*image_roots, meta.parent, meta.parent.absolute().parent]
-    for name, entry in _read_meta(meta).items():
-        folders = tuple(str(base / (entry.get("root") or "")) for base in bases)
-        repeat_time = float(entry.get("repeat_time", 1))
-        with _find(bases, entry["annotation"], name).open("rb") as lines:
+    # All entries are looked at before the first row: the 148th is not to end a pack of hours.
+    sets = [
+        (name, _find(bases, entry["annotation"], name), *_root_and_repeat_time(meta, name, entry))
+        for name, entry in _read_meta(meta).items()
+    ]
+    for name, annotation, root, repeat_time in sets:
+        folders = tuple(str(base / root) for base in bases)
+        with annotation.open("rb") as lines:
             for number, line in enumerate(lines):
                 if line.strip():
-                    yield _read_row(line, name, f"{name}/{number:06d}", folders, repeat_time)
+                    yield from _read_line(line, Place(name, f"{number:06d}", folders), repeat_time)
 
 
 def _meta_path(path: Path) -> Path:
@@ -49,13 +55,23 @@ def _meta_path(path: Path) -> Path:
 
 def _read_meta(meta: Path) -> dict[str, dict[str, Any]]:
     try:
-        sets = json.loads(meta.read_bytes())
+        sets = load_json(meta.read_bytes())
     except ValueError as error:
         raise ValueError(f"{meta} is not JSON ({error})") from error
     for name, entry in sets.items() if isinstance(sets, dict) and sets else [("", None)]:
         if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
             raise ValueError(f"{meta}: entry {name!r} has no annotation file; expected {{NAME: {{root, annotation}}}}")
     return sets
+
+
+def _root_and_repeat_time(meta: Path, name: str, entry: dict[str, Any]) -> tuple[str, float]:
+    root, repeat_time = entry.get("root") or "", entry.get("repeat_time", 1)
+    if not isinstance(root, str):
+        raise ValueError(f"{meta}: root of {name!r} is {root!r}, expected the folder of its images as text")
+    is_number = isinstance(repeat_time, int | float) and not isinstance(repeat_time, bool)
+    if not is_number or not 0 <= repeat_time <= sys.float_info.max:
+        raise ValueError(f"{meta}: repeat_time of {name!r} is {repeat_time!r}, expected a number, 0 or more")
+    return root, float(repeat_time)
 
 
 def _find(bases: Sequence[Path], annotation: str, name: str) -> Path:
@@ -68,26 +84,11 @@ def _find(bases: Sequence[Path], annotation: str, name: str) -> Path:
     )
 
 
-def _read_row(line: bytes, source: str, id: str, folders: tuple[str, ...], repeat_time: float) -> Record | Drop:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return Drop("malformed row", id, f"not JSON ({error})")
-    if not isinstance(row, dict):
-        return Drop("malformed row", id, "not an object")
-    images = as_images(row.get("image"))
-    if images is None or not all(isinstance(row.get(field), str) for field in _FIELDS):
-        return Drop("malformed row", id, "expected question, chosen, rejected as text and image as path or list")
-    question, chosen, rejected = (row[field] for field in _FIELDS)
-    answer = row.get("answer_gt")
-    return Record(
-        id=id,
-        source=source,
-        prompt=question,
-        chosen=chosen,
-        rejected=rejected,
-        images=images,
-        folders=folders,
-        answer=None if answer is None else str(answer),
-        repeat_time=repeat_time,
-    )
+def _read_line(line: bytes, place: Place, repeat_time: float) -> Iterator[Record | Drop]:
+    """The pair of a line; its id is its number, since not every set gives ids."""
+    id = place.id_of(None)
+    for row in read_row(rlaif_v, parse_line(line), place):
+        if isinstance(row, Record):
+            yield replace(row, id=id, source=place.source, repeat_time=repeat_time)
+        else:
+            yield replace(row, id=id)

@@ -14,7 +14,7 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    turns = turns_of(row["messages"], "messages", "role", "content")
+    turns = turns_of(row.get("messages"), "messages", "role", "content")
     history, question = question_of(turns[:-1], "messages")
     images = images_of(row, "images", "image")
     if row.get("rejected_images") and images_of(row, "rejected_images") != images:

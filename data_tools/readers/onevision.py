@@ -29,7 +29,7 @@ def read(path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]:
     for entry in _entries(path):
         file = _find(path, str(entry["json_path"]))
         folders = tuple(str(folder) for folder in [*image_roots, file.parent, path.parent])
-        wanted = _wanted(file, str(entry.get("sampling_strategy") or "all"))
+        wanted = _wanted(path, file, str(entry.get("sampling_strategy") or "all"))
         for number, row in enumerate(read_rows(file)):
             if wanted is None or number in wanted:
                 yield from read_row(llava, row, Place(file.stem, f"{number:09d}", folders))
@@ -55,15 +55,16 @@ def _find(path: Path, name: str) -> Path:
     raise ValueError(f"{path} names {name}, which is neither there nor beside it")
 
 
-def _wanted(file: Path, strategy: str) -> set[int] | None:
+def _wanted(path: Path, file: Path, strategy: str) -> set[int] | None:
     """The numbers of the rows to take, None for all."""
     kind, _, amount = strategy.partition(":")
     if kind == "all":
         return None
     total = sum(1 for _ in read_rows(file))
     share = amount.endswith("%")
-    if kind not in ("first", "end", "random") or not amount.rstrip("%").isdigit():
-        raise ValueError(f"sampling_strategy {strategy}: expected all, or first, end or random with :N or :N%")
+    if kind not in ("first", "end", "random") or not amount.removesuffix("%").isdecimal():
+        expected = "all, or first, end or random with :N or :N%"
+        raise ValueError(f"{path}: sampling_strategy of {file.name} is {strategy}, expected {expected}")
     number = math.ceil(total * int(amount[:-1]) / 100) if share else min(total, int(amount))
     if kind == "random":
         keys = [hashlib.sha256(f"{file.name}/{row}".encode()).digest() for row in range(total)]

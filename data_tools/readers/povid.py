@@ -13,8 +13,8 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    chosen = turns_of(row["conversations"], "conversations")
-    rejected = turns_of(row["rejected_conversations"], "rejected_conversations")
+    chosen = turns_of(row.get("conversations"), "conversations")
+    rejected = turns_of(row.get("rejected_conversations"), "rejected_conversations")
     if [text.replace("<image>", "").strip() for _, text in chosen[:-1]] != [
         text.replace("<image>", "").strip() for _, text in rejected[:-1]
     ]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from data_tools.readers import rlaif_v
-from data_tools.readers.rows import Malformed, Place, Row
+from data_tools.readers.rows import Malformed, Place, Row, load_json
 from data_tools.records import Drop, Record
 
 
@@ -25,7 +24,7 @@ def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
 def _inner(row: Row) -> Row:
     text = row.get("text")
     try:
-        inner = json.loads(text) if isinstance(text, str) else text
+        inner = load_json(text) if isinstance(text, str) else text
     except ValueError as error:
         raise Malformed(f"field text is not JSON ({error})") from error
     if not isinstance(inner, dict):

@@ -41,9 +41,9 @@ class Place:
     number: str
     folders: tuple[str, ...] = ()
 
-    def id_of(self, row: Row) -> str:
-        found = row.get("id")
-        return f"{self.source}/{self.number if found in (None, '') else found}"
+    def id_of(self, row: Any) -> str:
+        found = row.get("id") if isinstance(row, dict) else None
+        return f"{self.source}/{self.number if found in (None, '') or isinstance(found, list | dict) else found}"
 
 
 class RowFormat(Protocol):
@@ -71,13 +71,15 @@ class RowReader:
 
 def read_row(format: RowFormat, row: Any, place: Place) -> Iterator[Record | Drop]:
     """The records of one row, or the reason why it has none."""
-    if not isinstance(row, dict):
-        yield Drop("malformed row", place.number, "not a JSON object")
-        return
     try:
+        if not isinstance(row, dict):
+            raise Malformed("not a JSON object")
         yield from format.read_row(row, place)
     except Malformed as error:
         yield Drop("malformed row", place.id_of(row), str(error))
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # What no format foresaw: one row among millions must not end the pack.
+        yield Drop("malformed row", place.id_of(row), f"it breaks its format ({type(error).__name__}: {error})")
 
 
 def peek(path: Path) -> Row | None:
@@ -118,14 +120,22 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 def parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return load_json(line)
     except ValueError:
         return None
 
 
+def load_json(text: str | bytes) -> Any:
+    """Raises ValueError, also for what is nested deeper than Python's parser goes."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _json(path: Path) -> Iterator[Any]:
     try:
-        rows = json.loads(path.read_bytes())
+        rows = load_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(rows, list):

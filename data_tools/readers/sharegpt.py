@@ -13,14 +13,14 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    history, question = question_of(turns_of(row["conversations"], "conversations"), "conversations")
+    history, question = question_of(turns_of(row.get("conversations"), "conversations"), "conversations")
     if isinstance(row.get("system"), str) and row["system"]:
         history = (("system", row["system"]), *history)
     yield Record(
         id=place.id_of(row),
         source=place.source,
         prompt=question,
-        chosen=answer_of(turns_of([row["chosen"]], "chosen"), "chosen"),
+        chosen=answer_of(turns_of([row.get("chosen")], "chosen"), "chosen"),
         rejected=answer_of(turns_of([row.get("rejected")], "rejected"), "rejected"),
         images=images_of(row, "images", "image"),
         folders=place.folders,

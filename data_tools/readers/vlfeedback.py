@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations
+from math import isfinite
 from typing import Any
 
 from data_tools.readers.rows import Malformed, Place, Row, images_of, text_of
@@ -21,7 +22,7 @@ def fits(row: Row) -> bool:
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
     id, images, found = place.id_of(row), images_of(row, "image", "images", "img_path"), 0
-    scored = [(score, text) for text, score in _scored(row["completions"]) if score is not None]
+    scored = [(score, text) for text, score in _scored(row.get("completions")) if score is not None]
     for (one, left), (other, right) in combinations(scored, 2):
         if one == other:
             continue
@@ -44,6 +45,8 @@ def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
 def _scored(completions: Any) -> Iterator[tuple[str, float | None]]:
     if isinstance(completions, dict):
         completions = _as_list(completions)
+    if not isinstance(completions, list):
+        raise Malformed(f"expected completions as a list, found {type(completions).__name__}")
     for completion in completions:
         if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
             raise Malformed("expected each of completions to have a response")
@@ -52,13 +55,11 @@ def _scored(completions: Any) -> Iterator[tuple[str, float | None]]:
 
 def _as_list(columns: dict[str, Any]) -> list[Any]:
     """[{a: x}, ...] of {a: [x, ...]}, down to the ratings."""
-    lengths = {len(value) for value in columns.values() if isinstance(value, list)}
-    if any(isinstance(value, dict) for value in columns.values()):
-        columns = {name: _as_list(value) if isinstance(value, dict) else value for name, value in columns.items()}
-        lengths = {len(value) for value in columns.values()}
-    if len(lengths) != 1:
-        raise Malformed("completions: its lists are not equally long")
-    return [{name: value[i] for name, value in columns.items()} for i in range(lengths.pop())]
+    lists = {name: _as_list(value) if isinstance(value, dict) else value for name, value in columns.items()}
+    lengths = {len(value) if isinstance(value, list) else None for value in lists.values()}
+    if len(lengths) != 1 or None in lengths:
+        raise Malformed("completions: expected lists of one length under each of its names")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def _score(annotations: Any) -> float | None:
@@ -66,6 +67,7 @@ def _score(annotations: Any) -> float | None:
         return None
     try:
         ratings = [float(aspect["Rating"]) for aspect in annotations.values()]
-    except (TypeError, KeyError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return None
-    return sum(ratings) / len(ratings)
+    mean = sum(ratings) / len(ratings)
+    return mean if isfinite(mean) else None  # "nan" is a number to Python, and none to JSON

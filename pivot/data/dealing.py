@@ -7,17 +7,44 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import product
+
+EVEN_RATIO = 1.01  # costliest share over the mean; at 8 pairs a share the greedy deal alone came to 1.07
 
 
 def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Units (indices into `costs`) per share: the costliest first, each to the least loaded share."""
+    """Units (indices into `costs`) per share: the costliest first, each to the least loaded share, then swaps."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     loads = [(0.0, share) for share in range(num_shares)]
     for unit in _costliest_first(range(len(costs)), costs):
         load, share = heapq.heappop(loads)
         shares[share].append(unit)
         heapq.heappush(loads, (load + costs[unit], share))
+    _swap_until_even(shares, costs)
     return shares
+
+
+def _swap_until_even(shares: list[list[int]], costs: Sequence[float]) -> None:
+    """Swap units, in place, of the costliest share and the cheapest until EVEN_RATIO holds, or no swap helps.
+
+    Every share keeps its number of units.
+    """
+    loads = [sum(costs[unit] for unit in share) for share in shares]
+    most = EVEN_RATIO * sum(loads) / len(loads)
+    for _ in costs:  # a bound for its time: each swap lowers the sum of squared loads, so it ends by itself
+        high, low = max(range(len(loads)), key=loads.__getitem__), min(range(len(loads)), key=loads.__getitem__)
+        half = (loads[high] - loads[low]) / 2
+        if loads[high] <= most or not shares[low]:
+            return
+        swaps = product(shares[high], shares[low])  # few: shares of many units are even from the start
+        give, take = min(swaps, key=lambda swap: abs(costs[swap[0]] - costs[swap[1]] - half))
+        gain = costs[give] - costs[take]
+        if not 0 < gain < 2 * half:
+            return
+        shares[high][shares[high].index(give)] = take
+        shares[low][shares[low].index(take)] = give
+        loads[high] -= gain
+        loads[low] += gain
 
 
 def cut(shares: list[list[int]], costs: Sequence[float], tokens: Sequence[int], budget: int) -> list[list[list[int]]]:

@@ -49,6 +49,8 @@ def decode_rgb(data: bytes) -> np.ndarray:
             except ValueError:
                 pass  # it stops at harmless warnings too; Pillow decides what is really broken
         return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except MemoryError:
+        raise  # the machine's fault, not the image's
     except Exception as error:  # Pillow's plugins raise almost anything on damaged data
         raise ImageError(f"cannot decode the image ({type(error).__name__}: {error})") from error
 

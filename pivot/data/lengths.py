@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pivot.batch import CHOSEN, REJECTED
+from pivot.data.manifest import Shard
 from pivot.data.order import mix64
 from pivot.data.samples import ROLES_OF_KIND, completions_of
-from pivot.data.shards import Shard, ShardSet
+from pivot.data.shards import ShardSet
 from pivot.files import write_array
+from pivot.workers import worker_pool
 
 if TYPE_CHECKING:
     from pivot.processor import Processor
@@ -136,7 +137,7 @@ def _counting(shards: ShardSet, processor: Processor, workers: int) -> Iterator[
         yield lambda numbers: ((i, _count_blocks(shards, processor, i)) for i in numbers)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(shards, processor)) as pool:
+    with worker_pool(workers, _start_worker, shards, processor) as pool:
         yield lambda numbers: zip(numbers, pool.map(_count_shard, numbers), strict=True)
 
 

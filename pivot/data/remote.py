@@ -71,11 +71,15 @@ class ShardCache:
         protocol that this machine has no package for, or when the content is another."""
         path = self.path(sha256, os.path.splitext(urlsplit(url).path)[1])
         if not _touch(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
                 if not _touch(path):  # another process fetched it meanwhile
                     part = self._make_room(path, num_bytes)
-                    _download(url, part, path, sha256)
+                    try:
+                        _download(url, part, sha256)
+                        with self._settled():
+                            part.replace(path)
+                    finally:
+                        part.unlink(missing_ok=True)
         return path
 
     def read(self, url: str) -> bytes:
@@ -90,14 +94,20 @@ class ShardCache:
             return None
 
     def used_bytes(self) -> int:
-        return sum(size for _, size, _ in self._files())
+        with self._settled():
+            return sum(size for _, size, _ in self._files())
+
+    def _settled(self) -> contextlib.AbstractContextManager[None]:
+        """Hold off all that removes, adds or renames: who lists the folder meanwhile sees gone and new ones together,
+        or misses one."""
+        return _locked(self.folder / "evict.lock")
 
     def _files(self) -> list[tuple[float, int, Path]]:
         found = []
         for path in self.folder.glob("*/*.tar*"):
             if path.suffix not in (".tar", ".part"):
                 continue
-            with contextlib.suppress(FileNotFoundError):  # another process removes too
+            with contextlib.suppress(FileNotFoundError):  # a download that failed takes its .part away
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))
         return sorted(found)
@@ -113,7 +123,7 @@ class ShardCache:
             raise ValueError(
                 f"{self.folder}: a shard of {num_bytes} bytes is over the cap of {self.max_bytes}; raise it"
             )
-        with _locked(self.folder / "evict.lock"):
+        with self._settled():
             files = self._files()
             used = sum(size for _, size, _ in files)
             for used_at, size, old in files:
@@ -128,17 +138,13 @@ class ShardCache:
         return part
 
 
-def _download(url: str, part: Path, path: Path, sha256: str) -> None:
-    try:
-        found = _try_often(url, lambda: _copy(url, part))
-        if found != sha256:
-            raise ValueError(
-                f"{shown(url)}: sha256 {found[:12]} is not that of the manifest ({sha256[:12]}); the upload is damaged "
-                "or of another version: upload the set again, manifest.json last"
-            )
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def _download(url: str, part: Path, sha256: str) -> None:
+    found = _try_often(url, lambda: _copy(url, part))
+    if found != sha256:
+        raise ValueError(
+            f"{shown(url)}: sha256 {found[:12]} is not that of the manifest ({sha256[:12]}); the upload is damaged "
+            "or of another version: upload the set again, manifest.json last"
+        )
 
 
 def _copy(url: str, part: Path) -> str:
@@ -199,6 +205,7 @@ def _touch(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
         yield

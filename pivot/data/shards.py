@@ -11,106 +11,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pivot.data.index import BYTES_PER_RECORD, check_shard, read_index, read_indexes
+from pivot.data.manifest import Part, read_part
 from pivot.data.remote import WINDOW_SHARDS, ShardCache, is_remote, join_url
 from pivot.data.samples import KEY_PATTERN, Sample, parse_sample
 
-MANIFEST_VERSION = 1
 BLOCK = 512  # of a tar
-OPENING_THREADS = 8
-OPENING_BATCH = 16  # indexes that a thread takes at a time
+REGULAR = ("0", "\0")  # types of tar entries
 MAX_OPEN_FILES = 128  # per process; the usual limit is 1024 and a set may hold 10,000 shards
-SHARD_NAME = re.compile(r"[0-9A-Za-z_-]{1,80}")
-
-INDEX_RECORD = np.dtype(
-    [
-        ("key_hash", "<u8"),
-        ("offset", "<u8"),  # of the sample's first tar header
-        ("span", "<u4"),  # bytes of all its headers and padded bodies
-        ("crc32", "<u4"),  # over the span
-        ("json_len", "<u4"),  # the JSON is the first member
-        ("n_images", "<u2"),
-        ("flags", "<u2"),  # 0; reserved
-        ("img_w", "<u2"),  # the largest
-        ("img_h", "<u2"),
-        ("pixels", "<u4"),  # the sum
-        ("chars_prompt", "<u4"),
-        ("chars_chosen", "<u4"),
-        ("chars_rejected", "<u4"),
-        ("reserved", "V12"),
-    ]
-)
-assert INDEX_RECORD.itemsize == 64
+PICTURE = re.compile(r"([0-9A-Za-z_-]+\.)?(jpg|jpeg|png|webp)")  # what may follow KEY. without being listed
 
 
 class DamagedSample(RuntimeError):
     """A sample whose bytes are not those that were packed: the loader masks it and goes on."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One entry of the manifest's shard list."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    idx_sha256: str
-    shape: str = ""  # of every sample in it, by samples.sample_shape; '' where they differ, or nobody looked
-
-
-def key_hash(key: str) -> int:
-    """The u64 that stands for a key in the index."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-
-
-def set_fingerprint(shards: list[Shard]) -> str:
-    """sha256 over the format version and the content of all shards, in order."""
-    listed = [[shard.name, shard.samples, shard.sha256] for shard in shards]
-    text = json.dumps({"version": MANIFEST_VERSION, "shards": listed}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def walk_members(buffer: bytes) -> Iterator[tuple[str, memoryview]]:
     """(name, body) of each regular member in `buffer`, a whole number of USTAR entries. Raises ValueError if not."""
+    return ((name, body) for name, kind, body in walk_entries(buffer) if kind in REGULAR)
+
+
+def walk_entries(buffer: bytes) -> Iterator[tuple[str, str, memoryview]]:
+    """(name, type, body) of each entry, links and the like among them."""
     view, position = memoryview(buffer), 0
     while position < len(buffer):
         header = buffer[position : position + BLOCK]
-        name = header[:100].rstrip(b"\0").decode("ascii")
+        folder, name = (part.rstrip(b"\0").decode("ascii", "replace") for part in (header[345:500], header[:100]))
         size = int(header[124:136].rstrip(b" \0") or b"0", 8)
         body = position + BLOCK
         if not name or body + size > len(buffer):
             raise ValueError(f"no tar member at byte {position} of the sample")
-        if header[156:157] in (b"0", b"\0"):
-            yield name, view[body : body + size]
+        yield f"{folder}/{name}" if folder else name, chr(header[156]), view[body : body + size]
         position = body + -(-size // BLOCK) * BLOCK
-
-
-@dataclass(frozen=True)
-class Part:
-    """One packed folder of a data set that may be made of several."""
-
-    folder: str  # as it was named: a path or a URL
-    name: str
-    fingerprint: str
-    manifest: dict[str, Any]
-    shards: tuple[Shard, ...]
-
-    @property
-    def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
 
 
 class ShardSet:
@@ -137,19 +80,25 @@ class ShardSet:
 
         A URL needs a `cache` for its shards.
         """
-        folder = str(path)
-        if is_remote(folder) and cache is None:
-            raise ValueError(f"{folder} is remote and there is no shard cache; copy the set to this machine first")
-        manifest = _read_manifest(folder, cache)
-        shards = tuple(Shard(**entry) for entry in manifest["shards"])
-        found = set_fingerprint(list(shards))
-        if found != manifest["fingerprint"]:
-            raise ValueError(
-                f"{folder}/manifest.json: fingerprint {manifest['fingerprint'][:12]} does not match its shard list "
-                f"({found[:12]}); the file was edited or mixed up: copy the data set again or pack it again"
-            )
-        part = Part(folder, manifest["name"], manifest["fingerprint"], manifest, shards)
-        return cls((part,), _read_indexes(part, cache), cache if is_remote(folder) else None)
+        part = read_part(path, cache)
+        return cls((part,), read_indexes(part, cache), cache if is_remote(part.folder) else None)
+
+    @classmethod
+    def open_sound(cls, path: str | Path) -> tuple[ShardSet, list[str]]:
+        """The data set at `path` without the shards for which `open` refuses it, and what is wrong with each of them.
+
+        Raises ValueError when the manifest does not say which shards there are.
+        """
+        part, sound, problems = read_part(path, None), [], []
+        for shard in part.shards:
+            try:
+                check_shard(part.folder, shard)
+                read_index(part.folder, shard, None, memoryview(bytearray(shard.samples * BYTES_PER_RECORD)))
+                sound.append(shard)
+            except ValueError as error:
+                problems.append(str(error))
+        part = replace(part, shards=tuple(sound))
+        return cls((part,), read_indexes(part, None)), problems
 
     @classmethod
     def join(cls, sets: list[ShardSet]) -> ShardSet:
@@ -233,30 +182,58 @@ class ShardSet:
 
     def read(self, row: int) -> tuple[Sample, list[bytes]]:
         """The sample of a row and its image files. Raises DamagedSample when the bytes are not those packed."""
-        buffer = self.read_span(row)
-        members = dict(walk_members(buffer))
-        first = next(iter(members))
-        key = first.removesuffix(".json")
-        if key == first or not KEY_PATTERN.fullmatch(key):
-            raise ValueError(f"{self.describe(row)}: the first member is {first!r}, expected KEY.json")
-        sample = self._parse(row, bytes(members[first]))
+        sample, listed, members = self._take_apart(row, self.read_span(row))
         try:
-            images = [bytes(members[f"{key}.{image['member']}"]) for image in sample["images"]]
+            images = [bytes(members[name]) for name in listed[1:]]
         except KeyError as error:
             raise ValueError(f"{self.describe(row)}: the JSON names member {error}, which is not there") from error
         return sample, images
+
+    def read_entries(self, row: int) -> tuple[Sample, bytes]:
+        """The sample of a row and its tar entries, to be copied byte for byte.
+
+        Raises ValueError when anything lies there but its JSON, the images that it lists and further pictures, such as
+        the demo's masks: we would never look at it, but another reader may run it.
+        """
+        buffer = self.read_span(row)
+        sample, listed, _ = self._take_apart(row, buffer)
+        found = [name if kind in REGULAR else f"{name} (type {kind})" for name, kind, _ in walk_entries(buffer)]
+        key, more = listed[0].removesuffix("json"), found[len(listed) :]
+        pictures = all(name.startswith(key) and PICTURE.fullmatch(name.removeprefix(key)) for name in more)
+        if found[: len(listed)] != listed or not pictures or len(set(found)) < len(found):
+            shard, _ = self.locate(row)
+            raise ValueError(
+                f"{self.describe(row)}: holds the members {found}, expected {listed} and pictures at most; another may "
+                f"be code: python -m data_tools pack {self._folders[shard]}/shards --out NEW leaves it out"
+            )
+        return sample, buffer
 
     def read_span(self, row: int) -> bytes:
         """The tar entries of a sample as they lie in the shard, crc32 checked."""
         buffer = self._pread(row, int(self.index[row]["span"]))
         if zlib.crc32(buffer) != self.index[row]["crc32"]:
-            raise DamagedSample(f"{self.describe(row)}: crc32 differs from the index; the shard is damaged")
+            raise DamagedSample(
+                f"{self.describe(row)}: crc32 differs from the index; the shard is damaged: copy it again"
+            )
         return buffer
 
     def read_text(self, row: int) -> Sample:
         """The sample of a row without its images and without the crc check: for counting, where images cost most."""
         buffer = self._pread(row, BLOCK + int(self.index[row]["json_len"]))
         return self._parse(row, buffer[BLOCK:])
+
+    def _take_apart(self, row: int, buffer: bytes) -> tuple[Sample, list[str], dict[str, memoryview]]:
+        """(sample, names of its JSON and of the images that it lists, name -> body of what is there)."""
+        try:
+            members = dict(walk_members(buffer))
+        except ValueError as error:
+            raise ValueError(f"{self.describe(row)}: {error}") from error
+        first = next(iter(members), "")
+        key = first.removesuffix(".json")
+        if key == first or not KEY_PATTERN.fullmatch(key):
+            raise ValueError(f"{self.describe(row)}: the first member is {first!r}, expected KEY.json")
+        sample = self._parse(row, bytes(members[first]))
+        return sample, [first, *(f"{key}.{image['member']}" for image in sample["images"])], members
 
     def _parse(self, row: int, data: bytes) -> Sample:
         try:
@@ -272,7 +249,9 @@ class ShardSet:
             self._files.clear()  # a stale network handle must not spoil the second try
             raise DamagedSample(f"{self.describe(row)}: {error}") from error
         if len(buffer) != size:
-            raise DamagedSample(f"{self.describe(row)}: {len(buffer)} bytes found, {size} expected; the shard is cut")
+            raise DamagedSample(
+                f"{self.describe(row)}: {len(buffer)} bytes found, {size} expected; the shard is cut: copy it again"
+            )
         return buffer
 
     def _file(self, shard: int) -> int:
@@ -305,100 +284,3 @@ class ShardSet:
         for shard, descriptor in list(self._files.items()):
             if os.fstat(descriptor).st_nlink == 0:
                 os.close(self._files.pop(shard))
-
-
-def _read_manifest(folder: str, cache: ShardCache | None) -> dict[str, Any]:
-    path = join_url(folder, "manifest.json") if is_remote(folder) else str(Path(folder) / "manifest.json")
-    try:
-        manifest = json.loads(_read_manifest_text(folder, path, cache))
-    except ValueError as error:
-        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            raise ValueError(f"{path} is not JSON ({error}); copy the data set again") from error
-        raise
-    if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
-        version = manifest.get("version") if isinstance(manifest, dict) else None
-        raise ValueError(f"{path}: version {version}, expected {MANIFEST_VERSION}; pack the data again")
-    if not manifest["shards"]:
-        raise ValueError(f"{path} lists no shards; pack the data again")
-    for entry in manifest["shards"]:
-        if not SHARD_NAME.fullmatch(entry["name"]):
-            raise ValueError(f"{path}: shard name {entry['name']!r} may hold letters, digits, _ and - only")
-    return manifest
-
-
-def _read_manifest_text(folder: str, path: str, cache: ShardCache | None) -> bytes:
-    if is_remote(folder):
-        assert cache is not None
-        return cache.read(path)
-    if not Path(path).is_file():
-        state = "pack did not finish" if Path(folder).is_dir() else "the folder does not exist"
-        raise ValueError(
-            f"{folder} holds no manifest.json ({state}); run python -m data_tools pack again (it resumes), "
-            "or name the folder that it wrote"
-        )
-    return Path(path).read_bytes()
-
-
-def _allocate(samples: int) -> np.ndarray:
-    """INDEX_RECORD[samples] in small pages, which the readers touch side by side: 0.3 s of processor time for 640 MB.
-
-    numpy would ask for huge ones. Where memory is in use, as by the files read before, the kernel first moves it about
-    to make some: 0.6 to 1.3 s.
-    """
-    block = mmap.mmap(-1, max(1, samples) * INDEX_RECORD.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(block, dtype=INDEX_RECORD, count=samples)
-
-
-def _read_indexes(part: Part, cache: ShardCache | None) -> np.ndarray:
-    """INDEX_RECORD[samples] of all shards, read into one block: 10 million records take 640 MB and no copy.
-
-    By threads, since reading and hashing leave the interpreter free, and opening files over a network is slow.
-    """
-    index = _allocate(part.samples)
-    block = index.view(np.uint8).data
-    ends = np.cumsum([shard.samples for shard in part.shards]) * INDEX_RECORD.itemsize
-    local = not is_remote(part.folder)
-
-    def read(first: int) -> None:
-        for number in range(first, min(first + OPENING_BATCH, len(part.shards))):
-            shard, end = part.shards[number], int(ends[number])
-            if local:
-                _check_shard(part.folder, shard)
-            _read_index(part.folder, shard, cache, block[end - shard.samples * INDEX_RECORD.itemsize : end])
-
-    with ThreadPoolExecutor(OPENING_THREADS) as pool:
-        for _ in pool.map(read, range(0, len(part.shards), OPENING_BATCH)):
-            pass  # in the manifest's order, so that of several errors the first is raised
-    return index
-
-
-def _check_shard(folder: str, shard: Shard) -> None:
-    path = f"{folder}/shards/{shard.name}.tar"
-    try:
-        found = os.stat(path).st_size
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing, though manifest.json lists it; copy the data set again") from error
-    if found != shard.bytes:
-        raise ValueError(f"{path} holds {found} bytes, manifest.json says {shard.bytes}; the copy is cut: repeat it")
-
-
-def _read_index(folder: str, shard: Shard, cache: ShardCache | None, block: memoryview) -> None:
-    if is_remote(folder):
-        assert cache is not None
-        path = str(cache.fetch(join_url(folder, "index", f"{shard.name}.idx"), sha256=shard.idx_sha256))
-    else:
-        path = f"{folder}/index/{shard.name}.idx"
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing, though manifest.json lists its shard; copy the data set again") from error
-    try:
-        size = os.fstat(file).st_size
-        if size != len(block) or os.readv(file, [block]) != size:
-            raise ValueError(
-                f"{path} holds {size} bytes, expected 64 for each of {shard.samples} samples; copy it again"
-            )
-    finally:
-        os.close(file)
-    if hashlib.sha256(block).hexdigest() != shard.idx_sha256:
-        raise ValueError(f"{path}: sha256 differs from manifest.json; the index is damaged: copy the data set again")

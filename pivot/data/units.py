@@ -16,8 +16,11 @@ class Costs:
 
     per_token: float = 1.0  # language model, a token of the row
     per_image_token: float = 0.0  # encoder and projector, an image token
-    per_target: float = 0.0  # head, a token that is scored
-    per_attention: float = 0.0  # a query attending to a key
+    per_attention: float = 0.0  # language model, a query attending to a key
+    # The last block and the head, where a hidden state is read:
+    per_query: float = 0.0
+    per_target: float = 0.0
+    per_read_attention: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,17 @@ class Work:
         self._groups = groups
         targets = lengths.completion_tokens(roles)
         self.tokens = lengths.prompt + targets
-        attention = lengths.prompt * (lengths.prompt + 1) / 2
+        read = lengths.prompt.astype(np.float64)  # the prompt's last token predicts the first of each completion
         for role in roles:
             length = getattr(lengths, role)
-            attention = attention + length * (length + 1) / 2 + length * lengths.prompt
+            read = read + length * (length + 1) / 2 + length * lengths.prompt
         self.costs = (
             costs.per_token * self.tokens
+            + costs.per_query * (targets + 1)
             + costs.per_target * targets
             + costs.per_image_token * lengths.image
-            + costs.per_attention * attention
+            + costs.per_attention * (read + lengths.prompt * (lengths.prompt - 1) / 2)
+            + costs.per_read_attention * read
         )
         self._prefix_tokens = lengths.image_prefix
         self._prefix_costs = (

@@ -125,12 +125,19 @@ def test_tight_rows_fall_back_to_best_fit():
     assert sorted(map(sorted, cut([[0, 1, 2, 3]], costs, tokens, 100)[0])) == [[0, 3], [1, 2]]
 
 
+def test_swaps_mend_what_the_greedy_deal_leaves():
+    """The costliest first to the least loaded: 3 + 2 + 2 and 3 + 2. A 3 for a 2: 6 and 6, with as many units each."""
+    assert sorted(map(sorted, deal([3.0, 3.0, 2.0, 2.0, 2.0], 2))) == [[0, 1], [2, 3, 4]]
+    assert deal([9.0, 1.0, 1.0], 2) == [[0], [1, 2]]  # no swap helps
+    assert deal([1.0], 3) == [[0], [], []]
+
+
 def test_ranks_are_even():
-    """256 pairs a step; design.md simulated 0.996 on 8 ranks and 0.966 on 32."""
+    """256 pairs a step, 32 or 8 a rank: EVEN_RATIO holds."""
     lengths = random_lengths(1024)
-    for world_size, least in ((8, 0.99), (32, 0.95)):
+    for world_size in (8, 32):
         plan = plan_of(lengths, global_batch_size=256, world_size=world_size, max_tokens_per_micro_batch=1000)
-        assert all(plan.step(step).balance > least for step in range(4))
+        assert all(plan.step(step).balance > 1 / 1.011 for step in range(4))
 
 
 def test_counts_are_those_of_the_ids():

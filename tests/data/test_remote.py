@@ -1,5 +1,6 @@
 """Remote sets: fetched once, verified, under the cap, by one downloader at a time; commands are refused."""
 
+import contextlib
 import functools
 import http.server
 import os
@@ -252,6 +253,28 @@ def test_disk_use_stays_under_the_cap_while_training(packed, uploaded, tmp_path,
             assert_equal_batches(left, right)
         seen.append(cache.used_bytes())
     assert len(seen) == 10 and 0 < max(seen) <= cache.max_bytes
+
+
+def test_nothing_is_renamed_or_counted_while_another_lists_the_folder(uploaded, tmp_path, monkeypatch):
+    """A list taken between two of these would hold what is gone, or miss what is there, and the cap with it."""
+    cache, real, listing, listed = ShardCache(tmp_path), remote._copy, contextlib.ExitStack(), threading.Event()
+    far = ShardSet.open(URL, cache)
+
+    def copy(url, part):
+        found = real(url, part)
+        listing.enter_context(cache._settled())
+        listed.set()
+        return found
+
+    monkeypatch.setattr(remote, "_copy", copy)
+    with ThreadPoolExecutor(2) as pool:
+        fetched = pool.submit(far.fetch, 2)
+        with listing:
+            assert listed.wait(10)
+            used = pool.submit(cache.used_bytes)
+            time.sleep(0.2)
+            assert not fetched.done() and not used.done() and not list(tmp_path.rglob("*.tar"))
+        assert used.result() == fetched.result().stat().st_size == far.shards[2].bytes
 
 
 def test_a_cap_below_two_windows_is_refused(uploaded, tmp_path):

@@ -1,5 +1,6 @@
 """A packed set reads back as it was, opens in webdataset and tarfile unchanged, and damage has a clear error."""
 
+import hashlib
 import io
 import json
 import os
@@ -7,6 +8,8 @@ import pickle
 import shutil
 import subprocess
 import tarfile
+import zlib
+from dataclasses import asdict, replace
 
 import pytest
 import webdataset
@@ -14,6 +17,7 @@ import webdataset
 from data_tools.__main__ import main
 from data_tools.pack import PackOptions, pack
 from pivot.data import shards as shards_module
+from pivot.data.manifest import set_fingerprint
 from pivot.data.shards import BLOCK, DamagedSample, ShardSet, walk_members
 from tests.data.fakes import make_rows, make_set, mixed_rows, row_of, write_rows
 
@@ -159,6 +163,81 @@ def test_an_edited_manifest(folder):
         ShardSet.open(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("shards"), "shards is missing, expected a list"),
+        (lambda m: m.pop("fingerprint"), "fingerprint is missing, expected a text"),
+        (lambda m: m.pop("name"), "name is missing, expected a text"),
+        (lambda m: m.update(name=7), "name is 7, expected a text"),
+        (lambda m: m.pop("kind"), "kind is missing, expected a text"),
+        (lambda m: m.update(kind="binary"), "kind is 'binary', expected preference or sft"),
+        (lambda m: m.update(shards={"a": 1}), "shards is {'a': 1}, expected a list"),
+        (lambda m: m.update(shards=["a"]), r"shards\[0\] is 'a', expected an object"),
+        (lambda m: m["shards"][1].update(size=1), r"shards\[1\] has a field 'size', expected name, samples, bytes"),
+        (lambda m: m["shards"][1].pop("bytes"), r"shards\[1\].bytes is missing, expected a whole number above 0"),
+        (lambda m: m["shards"][0].update(samples="9"), r"shards\[0\].samples is '9', expected a whole number above 0"),
+        (lambda m: m["shards"][0].update(samples=-9), r"shards\[0\].samples is -9, expected a whole number above 0"),
+    ],
+)
+def test_a_damaged_manifest(folder, change, message):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"^{path}: {message}.*; the file was edited .* copy the data set again"):
+        ShardSet.open(folder)
+
+
+def test_an_older_manifest_may_lack_the_shapes(folder, packed):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for entry in manifest["shards"]:
+        del entry["shape"]
+    path.write_text(json.dumps(manifest))
+    assert {shard.shape for shard in ShardSet.open(folder).shards} == {""}
+
+
+def test_sound_shards_open_where_others_are_missing_or_cut(folder, packed):
+    assert ShardSet.open_sound(folder)[1] == []
+    (folder / "shards" / "tiny-000001.tar").unlink()
+    os.truncate(folder / "index" / "tiny-000003.idx", 64)
+    sound, problems = ShardSet.open_sound(folder)
+    assert [shard.name for shard in sound.shards] == [f"tiny-00000{number}" for number in (0, 2, 4, 5)]
+    assert [sound.read(row)[0]["id"] for row in (0, 5)] == [packed.read(row)[0]["id"] for row in (0, 10)]
+    assert len(problems) == 2 and "tiny-000001.tar is missing" in problems[0]
+    assert "tiny-000003.idx holds 64 bytes, expected 64 for each of 5 samples" in problems[1]
+
+
+SMUGGLED = {
+    "pickle": "{key}.pyd",
+    "pickle of a picture": "{key}.png.pyd",
+    "another's picture": "other.png",
+    "picture elsewhere": "elsewhere/{key}.mask.png",
+    "link": "{key}.mask.png",
+}
+
+
+@pytest.mark.parametrize("what", SMUGGLED)
+def test_what_a_sample_does_not_list_is_never_read_and_never_copied(folder, packed, what):
+    smuggle(folder, [7], SMUGGLED[what], tarfile.SYMTYPE if what == "link" else tarfile.REGTYPE)
+    opened = ShardSet.open(folder)
+    assert opened.read_entries(6) == packed.read_entries(6)
+    assert opened.read(7) == packed.read(7)
+    name = SMUGGLED[what].replace("{key}", r"\w+") + (r" \(type 2\)" if what == "link" else "")
+    with pytest.raises(ValueError, match=rf"row 7\): holds the members .*'{name}'\], expected .* pack {folder}/shards"):
+        opened.read_entries(7)
+
+
+def test_a_picture_that_is_not_listed_is_left_alone_and_copied(folder, packed):
+    smuggle(folder, [7], "{key}.mask.png")
+    opened = ShardSet.open(folder)
+    assert opened.read(7) == packed.read(7)
+    _, entries = opened.read_entries(7)
+    key = packed.read_span(7)[:BLOCK].split(b".")[0].decode()
+    assert [name for name, _ in walk_members(entries)] == [f"{key}.json", f"{key}.png", f"{key}.mask.png"]
+
+
 def test_a_flipped_bit_is_found_in_its_sample_only(folder):
     opened = ShardSet.open(folder)
     flip_bit(opened, 6)
@@ -186,6 +265,41 @@ def test_members_are_walked_without_tarfile():
     assert [(name, len(body)) for name, body in walk_members(buffer)] == [("a.json", 2), ("a.jpg", 513), ("a.pyd", 0)]
     with pytest.raises(ValueError, match="no tar member"):
         list(walk_members(buffer[: 3 * BLOCK]))
+
+
+def smuggle(folder, rows, name, kind=tarfile.REGTYPE):
+    """Put a tar entry behind these samples' members and make index and manifest agree with it; `name` holds {key}."""
+    opened, path, shards = ShardSet.open(folder), folder / "manifest.json", []
+    for number, shard in enumerate(opened.shards):
+        first, last = opened.first_rows[number : number + 2].tolist()
+        index, tar = opened.index[first:last].copy(), b""
+        for record, row in zip(index, range(first, last), strict=True):
+            span = opened.read_span(row)
+            if row in rows:
+                entry = tarfile.TarInfo(name.format(key=span[:BLOCK].split(b".")[0].decode()))
+                entry.type, entry.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+                head = entry.tobuf(tarfile.USTAR_FORMAT)
+                span += move_folder(head) if "/" in entry.name else head
+            record["offset"], record["span"], record["crc32"] = len(tar), len(span), zlib.crc32(span)
+            tar += span
+        tar += bytes(2 * BLOCK)
+        opened.fetch(number).write_bytes(tar)
+        (folder / "index" / f"{shard.name}.idx").write_bytes(index.tobytes())
+        hashes = {"sha256": hashlib.sha256(tar).hexdigest(), "idx_sha256": hashlib.sha256(index.tobytes()).hexdigest()}
+        shards.append(replace(shard, bytes=len(tar), **hashes))
+    listed = {"shards": [asdict(shard) for shard in shards], "fingerprint": set_fingerprint(shards)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | listed))
+
+
+def move_folder(head):
+    """The tar header with its folder in USTAR's second field for names, where it is easily overlooked."""
+    parts = tarfile.TarInfo.frombuf(head, "ascii", "strict").name.partition("/")
+    head = bytearray(
+        parts[2].encode().ljust(100, b"\0") + head[100:345] + parts[0].encode().ljust(155, b"\0") + head[500:]
+    )
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
 
 
 def flip_bit(opened, row):

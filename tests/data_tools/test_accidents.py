@@ -1,14 +1,19 @@
 """Hostile images, a full disk, two packs into one folder, a kill: a clear error or a counted drop, and no loss."""
 
+import contextlib
 import errno
 import fcntl
+import io
 import json
+import multiprocessing
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,25 +132,156 @@ def test_a_full_disk_loses_nothing(source, tmp_path, monkeypatch, capsys, shard)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/bin/mount"), reason="mounting needs root")
-def test_a_disk_that_is_really_full(tmp_path, capsys):
-    """A tmpfs of 64 kB under a set of 150 kB."""
-    rows = [{"prompt": f"{i}?", "chosen": "A", "rejected": "B", "image": f"{i}.png"} for i in range(10)]
-    images = {f"{i}.png": image_bytes(i, size=(80, 60)) for i in range(10)}
-    source = write_rows(tmp_path / "in", rows, images)
+def test_a_disk_that_is_really_full(tmp_path):
+    """Small tmpfs under a set of 230 kB, mounted in a namespace of its own: that needs no root.
+
+    The size decides which write fails, and whether the file keeps something in its buffer that fails again later.
+    """
     small = tmp_path / "small"
     small.mkdir()
-    command = ["pack", str(source), "--out", str(small / "set"), "--samples-per-shard", "2", "--workers", "1"]
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)], capture_output=True).returncode:
-        pytest.skip("no mounts here")
-    try:
-        assert main(command) == 3
-        assert "no space is left" in capsys.readouterr().err
-        subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
+    namespaces = [command for command in (["unshare", "-rm"], ["unshare", "-m"]) if shutil.which("unshare")]
+    mount = ["mount", "-t", "tmpfs", "none", str(small)]
+    namespace = next((n for n in namespaces if not subprocess.run([*n, *mount], capture_output=True).returncode), None)
+    if namespace is None:
+        pytest.skip("no mounts here, not even in a namespace of one's own")
+    names = [f"{i}.{('png', 'jpg')[i % 2]}" for i in range(20)]  # two shapes: two shards are open when the disk is full
+    rows = [{"prompt": f"{name}?", "chosen": "A", "rejected": "B", "image": name} for name in names]
+    images = {
+        name: image_bytes(i, "JPEG" if name.endswith("jpg") else "PNG", size=(80, 60)) for i, name in enumerate(names)
+    }
+    source = write_rows(tmp_path / "in", rows, images)
+    code = f"from {__name__} import fill_small_disks; fill_small_disks({str(source)!r}, {str(small)!r})"
+    done = subprocess.run([*namespace, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def fill_small_disks(source, small):
+    command = ["pack", source, "--samples-per-shard", "4", "--workers", "1", "-q"]
+    assert main([*command, "--out", f"{small}/whole"]) == 0
+    for kilobytes in (116, 120, 124, 128):
+        disk = Path(small, str(kilobytes))
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], check=True)
+        for _ in range(2):  # the second finds what the first finished, and a disk that is as small
+            with contextlib.redirect_stderr(io.StringIO()) as shown:
+                assert main([*command, "--out", f"{disk}/set"]) == 3, kilobytes
+            assert f"no space is left on the disk of {disk}/set" in shown.getvalue(), shown.getvalue()
+            assert not list(disk.rglob("*.part")), f"{kilobytes}: what was half written keeps the disk full"
+            assert list(disk.rglob("shards/*.tar")), f"{kilobytes}: the finished shards are gone"
+        subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+        assert main([*command, "--out", f"{disk}/set"]) == 0
+        assert contents(disk / "set") == contents(Path(small, "whole"))
+
+
+@pytest.mark.parametrize("where", ["stat", "read_bytes"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE])
+def test_an_image_that_cannot_be_read_is_no_missing_image(tmp_path, monkeypatch, capsys, number, where):
+    """The pack stops, and when the disk answers again it goes on and ends as an unbroken one."""
+    rows, images = make_rows(24)
+    source = write_rows(tmp_path / "source", [*rows, rows[0] | {"id": "gone", "image": "none.png"}], images)
+    options = ["pack", str(source), "--samples-per-shard", "5", "--workers", "1", "--max-drop", "0.1"]
+    real = getattr(Path, where)
+
+    def fail(path, **settings):
+        if path.name == "17.png":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, where, fail)
+        assert main([*options, "--out", str(tmp_path / "set")]) == 3
+    shown = capsys.readouterr().err
+    assert "source/r17: its image cannot be read" in shown and os.strerror(number) in shown and "17.png" in shown
+    assert "run the same command again, it goes on" in shown
+    assert list((tmp_path / "set" / "shards").glob("*.tar")) and not list((tmp_path / "set").rglob("*.part"))
+    assert main([*options, "--out", str(tmp_path / "set"), "-q"]) == 0
+    assert main([*options, "--out", str(tmp_path / "whole"), "-q"]) == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert ShardSet.open(tmp_path / "set").manifest["drops"] == {"missing image": 1}
+
+
+def test_a_worker_that_is_killed(tmp_path, monkeypatch, capsys):
+    """As the kernel does when memory runs out: exit code 3, and the same command goes on."""
+    rows, images = make_rows(300)
+    source = write_rows(tmp_path / "source", rows, images)
+    options = ["pack", str(source), "--samples-per-shard", "5", "--workers", "2"]
+
+    def kill_workers(tally):
+        if tally.rows == 20:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_tools.commands.pack.pack", lambda wanted, progress: pack(wanted, kill_workers))
+        assert main([*options, "--out", str(tmp_path / "set")]) == 3
+    shown = capsys.readouterr().err
+    assert "a worker process died" in shown and "Run the same command again" in shown
+    assert list((tmp_path / "set" / "shards").glob("*.tar")) and not list((tmp_path / "set").rglob("*.part"))
+    assert main([*options, "--out", str(tmp_path / "set"), "-q"]) == 0
+    assert main([*options, "--out", str(tmp_path / "whole"), "-q"]) == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+LEFTOVERS = ("pack.json.999.part", "manifest.json.999.part", "stats.json.999.part")
+
+
+def test_what_a_dead_process_was_writing_is_removed(source, tmp_path):
+    """Killed before the first `pack.json` had its name, and again later; other files of a folder are not touched."""
+    out = tmp_path / "set"
+    out.mkdir()
+    for name in LEFTOVERS:
+        (out / name).write_text("half")
+    pack(PackOptions(source=source, out=out))
+    pack(PackOptions(source=source, out=tmp_path / "whole"))
+    assert contents(out) == contents(tmp_path / "whole")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.json.7.part").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no pack"):
+        pack(PackOptions(source=source, out=tmp_path / "notes"))
+    assert (tmp_path / "notes" / "mine.json.7.part").exists()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("harm", ["tar gone", "tar cut", "index gone"])
+def test_a_shard_that_is_gone_is_missed(source, tmp_path, capsys, harm, finished, shuffle):
+    """Neither a resume nor a repetition says that all is well; the file put back, both go on."""
+    options = PackOptions(source=source, out=tmp_path / "set", samples_per_shard=5)
+    command = ["pack", str(source), "--out", str(options.out), "--samples-per-shard", "5", "--workers", "1"]
+    command += ["--shuffle"] if shuffle else []
+    folder = tmp_path / "set-unshuffled" if shuffle and not finished else options.out
+
+    def stop(tally):
+        if tally.rows == 20:
+            raise RuntimeError
+
+    if finished:
         assert main([*command, "-q"]) == 0
-        assert main(["validate", str(small / "set"), "-q"]) == 0
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    else:
+        with pytest.raises(RuntimeError):
+            pack(replace(options, out=folder), stop)
+    path = min((folder / "shards").glob("*.tar") if "tar" in harm else (folder / "index").glob("*.idx"))
+    before = path.read_bytes()
+    if "gone" in harm:
+        path.unlink()
+    else:
+        path.write_bytes(before[:-512])
+    for extra in ([], ["--dry-run"]):
+        assert main([*command, *extra]) == 2
+        shown = capsys.readouterr().err
+        found = "is not there" if "gone" in harm else f"has {len(before) - 512} bytes"
+        assert f"{path} {found}, and was written with {len(before)}; put it back, or remove {folder} and" in shown
+        assert (folder / "manifest.json").is_file() == finished
+    path.write_bytes(before)
+    assert main([*command, "-q"]) == 0
+    assert main(["validate", str(options.out), "-q"]) == 0
+
+
+def test_a_damaged_journal_is_named(source, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "pack.json").write_text('{"options": ')
+    with pytest.raises(ValueError, match=r"set/pack.json is damaged .*; remove .*set and run the command again"):
+        pack(PackOptions(source=source, out=tmp_path / "set"))
 
 
 def test_two_packs_into_one_folder(source, tmp_path, capsys):
@@ -198,6 +334,51 @@ def test_kill_and_go_on(source, tmp_path):
     subprocess.run([*command, "--out", str(tmp_path / "cut"), "-q"], cwd=ROOT, check=True)
     pack(PackOptions(source=source, out=tmp_path / "whole", samples_per_shard=50))
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_paths_that_lead_out_cost_nothing_but_their_rows(tmp_path):
+    """Absolute, relative and linked ways to a secret picture, devices and commands, each between two good rows."""
+    rows, images = make_rows(16)
+    write_rows(tmp_path / "in", rows, images)
+    secret, ran = tmp_path / "secret" / "s.png", tmp_path / "ran"
+    secret.parent.mkdir()
+    secret.write_bytes(image_bytes(99))
+    for name, target in {
+        "link.png": secret,
+        "folder": secret.parent,
+        "zero.png": "/dev/zero",
+        "loop": "loop",
+        "dangling.png": "none.png",
+    }.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "in" / "fifo.png")
+    outside = [str(secret), "../secret/s.png", "link.png", "folder/s.png", "zero.png", "/etc/passwd"]
+    missing = [
+        "loop",
+        "dangling.png",
+        "fifo.png",
+        ".",
+        "1.png/x",
+        "x" * 5000,
+        "a\0b",
+        f"pipe:touch {ran}",
+        f"|touch {ran}",
+    ]
+    bad = [
+        {"prompt": "?", "chosen": "A", "rejected": "B", "image": path} for path in [*outside, *missing, "\ud800.png"]
+    ]
+    mixed = [row for pair in zip(rows, bad, strict=True) for row in pair]
+    result = pack(PackOptions(source=write_rows(tmp_path / "in", mixed), out=tmp_path / "out", max_drop=0.5, workers=2))
+    dropped = {"path outside the roots": len(outside), "missing image": len(missing), "malformed row": 1}
+    assert result.tally.drops == dropped
+    assert not ran.exists()
+    pack(PackOptions(source=write_rows(tmp_path / "in", rows), out=tmp_path / "good"))
+    assert samples_of(tmp_path / "out") == samples_of(tmp_path / "good")
+
+
+def samples_of(folder):
+    shards = ShardSet.open(folder)
+    return [shards.read(row) for row in range(len(shards))]
 
 
 def test_urls_and_pickles_in_annotations(tmp_path):

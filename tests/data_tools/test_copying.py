@@ -1,10 +1,12 @@
 """split, sample, reshard: the samples are copied byte for byte; an image never lies on two sides; draws are as told."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
+import webdataset
 
 from data_tools.__main__ import main
 from data_tools.copying import Choice, copy_samples, cut_rows
@@ -15,6 +17,7 @@ from data_tools.where import parse_where
 from data_tools.writer import ShardWriter
 from pivot.data.shards import ShardSet
 from tests.data.fakes import image_bytes, make_rows, make_set, write_rows
+from tests.data.test_shards import flip_bit, smuggle
 from tests.data_tools.test_pack import contents
 from tests.tiny import tiny_tokenizer
 
@@ -24,8 +27,8 @@ def packed(tmp_path_factory):
     return make_set(tmp_path_factory.mktemp("copy"), count=40)
 
 
-def samples_of(folder):
-    shards = ShardSet.open(folder)
+def samples_of(shards):
+    shards = shards if isinstance(shards, ShardSet) else ShardSet.open(shards)
     return [shards.read(row) for row in range(len(shards))]
 
 
@@ -110,6 +113,104 @@ def test_reshard_keeps_bytes_and_joins_sets(packed, tmp_path, capsys):
     assert manifest["sources"]["source"]["samples"] == 46 and manifest["name"] == "tiny"
 
 
+@pytest.fixture(scope="module")
+def overlapping(packed, tmp_path_factory):
+    """Samples 30 to 39 of `packed` and six more."""
+    rows, images = make_rows(46)
+    folder = tmp_path_factory.mktemp("overlapping")
+    pack(PackOptions(source=write_rows(folder / "source", rows[30:], images), out=folder / "set"))
+    return ShardSet.open(folder / "set")
+
+
+@pytest.mark.parametrize("shuffle", [[], ["--shuffle"]], ids=["in order", "shuffled"])
+def test_sets_that_share_samples_become_one_without_the_second_copies(packed, overlapping, tmp_path, capsys, shuffle):
+    """40 and 16 samples, 10 of them twice: 46, and every shard opens in webdataset and datasets."""
+    import datasets  # a second, so not for the other tests
+
+    command = ["reshard", packed.folder, overlapping.folder, *shuffle, "--out", tmp_path / "both"]
+    tried = run(capsys, *command, "--dry-run")
+    found = run(capsys, *command)
+    assert tried == found and found["samples"] == 46 and found["drops"] == {"duplicate": 10}
+    assert main(["validate", str(tmp_path / "both"), "-q"]) == 0
+    both = ShardSet.open(tmp_path / "both")
+    assert both.manifest["drops"] == {"duplicate": 10} and both.manifest["sources"]["source"]["samples"] == 46
+    expected = {json.dumps(sample): files for shards in (overlapping, packed) for sample, files in samples_of(shards)}
+    assert {json.dumps(sample): files for sample, files in samples_of(both)} == expected
+    seen = 0
+    for number, shard in enumerate(both.shards):
+        url = str(both.fetch(number))
+        assert sum(1 for _ in webdataset.WebDataset(url, shardshuffle=False)) == shard.samples
+        opened = datasets.load_dataset("webdataset", data_files=url, split="train", cache_dir=str(tmp_path / "cache"))
+        seen += len(opened)
+    assert seen == 46
+    assert main([*map(str, command)]) == 0
+    assert "46 samples in 2 shards; 10 duplicates left out" in capsys.readouterr().out
+
+
+def test_a_set_that_holds_a_sample_twice_is_copied_by_reshard_alone(packed, tmp_path, capsys):
+    out = tmp_path / "twice"
+    with Journal(out, {}) as journal:
+        writer = ShardWriter(out, "twice-000000")
+        for row in (0, 1, 2, 1):
+            writer.add_raw(packed.read_span(row), packed.index[row], packed.shards[0].shape)
+        journal.finish([writer.close()], name="twice", kind="preference", sources={})
+    for command in ["split", "--eval", "0.5"], ["sample", "--num", "4"]:
+        assert main([command[0], str(out), *command[1:], "--out", str(tmp_path / "x")]) == 2
+        assert "run python -m data_tools reshard on it, which keeps the first of each" in capsys.readouterr().err
+    assert main(["validate", str(out)]) == 1
+    assert "occurs more than once; python -m data_tools reshard keeps the first" in capsys.readouterr().err
+    run(capsys, "reshard", out, "--out", tmp_path / "once")
+    assert samples_of(tmp_path / "once") == [packed.read(row) for row in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("command", [["reshard"], ["split", "--eval", "0.5"], ["sample", "--num", "23"]], ids=str)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_members_that_no_sample_lists_are_not_copied(tmp_path, capsys, command, workers):
+    shards = make_set(tmp_path)
+    smuggle(shards.folder, range(24), "{key}.pyd")
+    options = ["--workers", workers, "--out", str(tmp_path / "out")]
+    assert main([command[0], str(shards.folder), *command[1:], *options]) == 2
+    assert f"python -m data_tools pack {shards.folder}/shards --out NEW leaves it out" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.tar*")) and not list((tmp_path / "out").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("command", [["reshard"], ["split", "--eval", "0.5"], ["sample", "--num", "24"]], ids=str)
+def test_damage_says_what_to_do(tmp_path, capsys, command):
+    shards = make_set(tmp_path)
+    flip_bit(shards, 6)
+    assert main([command[0], str(shards.folder), *command[1:], "--out", str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    assert (
+        "tiny-000001.tar sample 1 (row 6): crc32 differs from the index; the shard is damaged: copy it again" in shown
+    )
+    assert "python -m data_tools validate lists all damage" in shown and "`exclude`" in shown
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(packed, tmp_path, capsys):
+    """A folder with another set, also where only the second of two outputs has one, and a set upon itself."""
+    out = tmp_path / "out"
+    run(capsys, "split", packed.folder, "--eval", "0.3", "--seed", 1, "--out", out)
+    shutil.rmtree(out / "eval")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    another = "holds a set made by another command; choose another --out"
+    for command, message in (
+        (["split", "--eval", "0.3", "--seed", "2", "--out", out], "train holds a pack with other options"),
+        (["reshard", "--out", out / "train"], another),
+        (["reshard", "--out", packed.folder], another),
+        (["sample", "--num", "3", "--out", packed.folder], another),
+        (["sample", "--num", "3", "--out", tmp_path / "notes"], "is not empty and holds no pack"),
+        (["sample", "--num", "3", "--name", "a.b", "--out", tmp_path / "x"], "expected at most 73 letters"),
+    ):
+        before = contents(tmp_path)
+        for extra in ([], ["--dry-run"]):
+            assert main([command[0], str(packed.folder), *map(str, command[1:]), *extra]) == 2
+            assert message in capsys.readouterr().err
+        assert contents(tmp_path) == before and not (out / "eval").exists()
+    again = ["split", packed.folder, "--eval", "0.3", "--seed", 1, "--out", out]
+    assert run(capsys, *again, "--dry-run") == run(capsys, *again)
+
+
 def test_workers_change_no_byte_and_a_cut_run_goes_on(packed, tmp_path):
     choice = Choice((str(packed.folder),), np.arange(39, -1, -1), "back", {"command": "test"}, samples_per_shard=6)
     copy_samples(choice, tmp_path / "one")
@@ -129,7 +230,7 @@ def test_workers_change_no_byte_and_a_cut_run_goes_on(packed, tmp_path):
     assert seen == [24, 30, 36, 40]
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "cut")
     with pytest.raises(ValueError, match="holds a pack with other options"):
-        copy_samples(Choice((str(packed.folder),), np.arange(3), "back"), tmp_path / "one")
+        copy_samples(Choice((str(packed.folder),), np.arange(3), "back", {"command": "test"}), tmp_path / "one")
 
 
 def test_shards_are_cut_by_samples_and_bytes():

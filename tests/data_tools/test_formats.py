@@ -1,5 +1,6 @@
 """The same four pairs in every preference format give equal samples; SFT formats give equal SFT samples."""
 
+import copy
 import io
 import json
 import tarfile
@@ -11,6 +12,7 @@ from pyarrow import parquet
 from data_tools.__main__ import main
 from data_tools.pack import PackOptions, pack
 from data_tools.readers import READERS, find_reader
+from data_tools.readers.rows import Place, read_row
 from data_tools.records import Drop
 from pivot.data.shards import ShardSet
 from tests.data.fakes import image_bytes
@@ -250,6 +252,17 @@ def test_a_mixing_yaml(tmp_path, strategy, kept):
     assert records == list(READERS["llava_onevision"].read(path, []))
 
 
+@pytest.mark.parametrize("strategy", ["first", "first:x", "first:1%%", "some:3", "random:\u00b2"])
+def test_a_wrong_strategy_is_named_with_its_file(tmp_path, strategy):
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "conversations": from_human("Q?", "A")}]))
+    path = tmp_path / "mix.yaml"
+    path.write_text(f"datasets:\n  - json_path: a.json\n    sampling_strategy: {strategy}\n")
+    with pytest.raises(
+        ValueError, match=rf"mix.yaml: sampling_strategy of a.json is {strategy}, expected all, or first"
+    ):
+        list(READERS["llava_onevision"].read(path, []))
+
+
 def test_ms_swift_without_a_rejected_answer_is_sft(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages("What?", "A cup.")}))
     assert packed(tmp_path / "a.jsonl", tmp_path / "out")[0][0]["kind"] == "sft"
@@ -263,6 +276,113 @@ def test_a_set_is_of_one_kind(tmp_path):
 
 
 # -- rows that break their format --------------------------------------------------------------------------------------
+
+
+def from_mmpr(i, name, q, c, r):
+    return {"image": name, "question": q, "chosen": c, "rejected": r, "answer_gt": "a"}
+
+
+EVERY_ROW = ROWS | {
+    "mmpr": from_mmpr,
+    "webdataset": ROWS["llava_dpo"],
+    "llava": lambda i, name, q, c, r: {"id": f"a/{i}", "image": name, "conversations": from_human(shown(name, q), c)},
+    "llava_onevision": lambda i, name, q, c, r: {"image": name, "conversations": from_human(q, c, "And?", c)},
+    "generic": lambda i, name, q, c, r: {"query": q, "response": c, "rejected": r, "img_path": name},
+}
+GONE = object()
+ODD = [GONE, None, "", "nan", 7, True, 1e308, 10**400, float("nan"), [], [None], [[7]], {}, {"a": 1}, "\ud800"]
+
+
+def write_source(folder, format, lines):
+    """Lines of JSON as a source of the format."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("\n".join(lines))
+    if format == "mmpr":
+        (folder / "meta.json").write_text(json.dumps({"a": {"root": "images", "annotation": "rows.jsonl"}}))
+        return folder / "meta.json"
+    if format == "llava_onevision":
+        (folder / "mix.yaml").write_text("datasets: [{json_path: rows.jsonl}]")
+        return folder / "mix.yaml"
+    if format == "webdataset":
+        image = ("png", file_of("0.png"))
+        members = [
+            (f"{i:05d}.{end}", data) for i, line in enumerate(lines) for end, data in (("json", line.encode()), image)
+        ]
+        return tar_of(folder / "foreign.tar", members)
+    return rows
+
+
+def odd_rows(row):
+    """The row with each of its values, at any depth, taken out or replaced by each of ODD."""
+
+    def places(value, path=()):
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in items:
+            yield (*path, key)
+            yield from places(inner, (*path, key))
+
+    for *path, last in places(row):
+        for value in ODD:
+            changed = copy.deepcopy(row)
+            inside = changed
+            for key in path:
+                inside = inside[key]
+            if value is GONE:
+                del inside[last]
+            else:
+                inside[last] = value
+            yield changed
+
+
+@pytest.mark.parametrize("format", EVERY_ROW)
+def test_odd_rows_cost_nothing_but_themselves(images, tmp_path, format):
+    """Good rows around hundreds that break the format, each in another way: all good ones become samples."""
+    make = EVERY_ROW[format]
+    good = [make(i, "0.png", *pair) for i, pair in enumerate(PAIRS)]
+    odd = list(odd_rows(make(9, "0.png", "Odd?", "Yes.", "No.")))
+    lines = [json.dumps(row) for row in [*good[:2], *odd, *good[2:]]]
+    lines[2:2] = ["", "[]", "null", '"text"', "{", '{"id": "odd"}', "[" * 100_000, "[" * 800 + "]" * 800]
+    source = write_source(tmp_path, format, lines)
+    assert find_reader(source)[0] == format
+    out = tmp_path / "out"
+    command = ["pack", str(source), "--out", str(out), "--image-root", str(images), "--max-drop", "1", "--workers", "1"]
+    assert main([*command, "-q"]) == 0
+    shards = ShardSet.open(out)
+    samples = [shards.read_text(row) for row in range(len(shards))]
+    texts = [[part["text"] for part in sample["prompt"][0]["content"] if part["type"] == "text"] for sample in samples]
+    assert [[q] for q, _, _ in PAIRS] == [text for text in texts if text and text[0].startswith("What")]
+    assert shards.manifest["drops"]["malformed row"] >= len(odd) // 4
+    for tar in (out / "shards").iterdir():
+        assert not any(word in tar.read_bytes() for word in (b"NaN", b"Infinity")), "that is no JSON"
+    details = [row.detail for row in READERS[format].read(source, [images]) if isinstance(row, Drop)]
+    assert details and not [detail for detail in details if "it breaks its format" in detail]
+
+
+class Careless:
+    """A format that takes a row's field for what it should be."""
+
+    def fits(self, row):
+        return True
+
+    def read_row(self, row, place):
+        assert row["number"] != 13, "our own bug"
+        yield 1 / row["number"]
+
+
+@pytest.mark.parametrize("row", [{"id": "x"}, {"id": "x", "number": "7"}, {"id": "x", "number": 0}], ids=str)
+def test_what_a_format_does_not_foresee_is_a_drop(row):
+    (drop,) = read_row(Careless(), row, Place("source", "7"))
+    assert (drop.reason, drop.id) == ("malformed row", "source/x") and "it breaks its format (" in drop.detail
+    with pytest.raises(AssertionError, match="our own bug"):
+        list(read_row(Careless(), {"number": 13}, Place("source", "7")))
+
+
+def test_a_file_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep.json is not JSON \(it is nested too deeply\)"):
+        list(READERS["llava"].read(tmp_path / "deep.json", []))
+    with pytest.raises(ValueError, match=r"deep.json looks like none of the known formats"):
+        find_reader(tmp_path / "deep.json")
 
 
 def records(tmp_path, row):
@@ -288,6 +408,13 @@ def test_vlfeedback_pairs(tmp_path):
     assert records(tmp_path, {"prompt": "What?", "completions": completions[:2]})[0].reason == "no pair"
 
 
+@pytest.mark.parametrize("rating", ["nan", "inf", float("nan"), 1e999, 10**400, None, "N/A"])
+def test_a_rating_that_is_no_number_makes_no_pair(tmp_path, rating):
+    completions = [rated("a", "4"), rated("b", rating), rated("c", "1")]
+    (found,) = records(tmp_path, {"id": "x", "prompt": "What?", "completions": completions})
+    assert (found.chosen, found.rejected, found.margin) == ("a", "c", 3.0)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -302,6 +429,7 @@ def test_vlfeedback_pairs(tmp_path):
         ({"prompt": messages("Q", "A"), "chosen": messages("x")[:1], "rejected": "B"}, "malformed row"),
         ({"prompt": "Q", "chosen": "A", "rejected": "B", "image": {"url": "x"}}, "malformed row"),
         ({"prompt": "Q", "completions": {"response": ["a"], "annotations": [{}, {}]}}, "malformed row"),
+        ({"prompt": "Q", "completions": {"response": ["a"], "annotations": {"x": {"Rating": None}}}}, "malformed row"),
     ],
     ids=str,
 )  # fmt: skip

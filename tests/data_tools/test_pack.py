@@ -16,7 +16,8 @@ from data_tools.convert import shrink
 from data_tools.pack import PackOptions, pack
 from data_tools.shuffle import pack_shuffled
 from pivot.data.images import decode_rgb
-from pivot.data.shards import INDEX_RECORD, ShardSet
+from pivot.data.index import INDEX_RECORD
+from pivot.data.shards import ShardSet
 from tests.data.fakes import image_bytes, make_rows, make_set, mixed_rows, row_of, write_rows
 from tests.data.test_images import save, smooth
 from tests.data.test_shards import flip_bit
@@ -44,19 +45,24 @@ class Cut(Exception):
     pass
 
 
+def pack_until(rows, options):
+    """A pack that ends behind its first so many rows, as by Ctrl-C."""
+
+    def stop(tally):
+        if tally.rows == rows:
+            raise Cut
+
+    with pytest.raises(Cut):
+        pack(options, stop)
+
+
 # Pairs with a picture and pairs without fill a shard each. That of the former is full (5) with row 6 and found to be at
 # row 7, so shards end before rows 7, 14 and 21 of those with pictures, and before row 20 of those without.
 @pytest.mark.parametrize(("row", "goes_on_at"), [(1, 0), (7, 0), (9, 7), (11, 7), (21, 20), (23, 21)])
 def test_an_interrupted_pack_goes_on_and_ends_the_same(source, tmp_path, row, goes_on_at):
     options = PackOptions(source=source, out=tmp_path / "cut", samples_per_shard=5)
     pack(PackOptions(source=source, out=tmp_path / "whole", samples_per_shard=5))
-
-    def stop(tally):
-        if tally.rows == row:
-            raise Cut
-
-    with pytest.raises(Cut):
-        pack(options, stop)
+    pack_until(row, options)
     with pytest.raises(ValueError, match=r"no manifest.json \(pack did not finish\)"):
         ShardSet.open(tmp_path / "cut")
     seen = []
@@ -97,13 +103,7 @@ def test_rows_that_were_in_an_open_shard_must_still_be_what_they_were(tmp_path):
     rows, images = mixed_rows(24)
     source = write_rows(tmp_path / "in", rows, images)
     options = PackOptions(source=source, out=tmp_path / "set", samples_per_shard=2)
-
-    def stop(tally):
-        if tally.rows == 20:
-            raise Cut
-
-    with pytest.raises(Cut):
-        pack(options, stop)
+    pack_until(20, options)
     open_rows = json.loads((tmp_path / "set" / "pack.json").read_text())["filling"]
     name = next(rows[row]["image"][0] for shard in open_rows for row in shard["rows"] if rows[row]["image"])
     (tmp_path / "in" / name).write_bytes(b"no picture")
@@ -207,13 +207,7 @@ def test_a_duplicate_of_a_finished_shard_is_known_after_a_resume(tmp_path):
     rows, images = make_rows(10)
     source = write_rows(tmp_path / "source", [*rows, rows[0]], images)
     options = PackOptions(source=source, out=tmp_path / "set", samples_per_shard=3, max_drop=0.5)
-
-    def stop(tally):
-        if tally.rows == 9:
-            raise Cut
-
-    with pytest.raises(Cut):
-        pack(options, stop)
+    pack_until(9, options)
     assert pack(options).tally.drops == {"duplicate": 1}
 
 
@@ -275,6 +269,101 @@ def test_wrong_commands_end_with_2(source, tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-drop", "1.5"], "--max-drop is 1.5, expected a share of the rows from 0 to 1"),
+        (["--max-drop", "nan"], "--max-drop is nan"),
+        (["--max-drop", "-0.1"], "--max-drop is -0.1"),
+        (["--shuffle", "--seed", "-1"], f"--seed: expected a whole number from 0 to {2**64 - 1}, found '-1'"),
+        (["--shuffle", "--seed", str(2**64)], "--seed: expected a whole number"),
+        (["--max-side", "0"], "--max-side: expected a whole number of at least 1, found '0'"),
+        (["--samples-per-shard", "0"], "--samples-per-shard: expected a whole number"),
+        (["--megabytes-per-shard", "-5"], "--megabytes-per-shard: expected a whole number"),
+        (["--image-root", "/nowhere"], "--image-root /nowhere: there is no such folder"),
+        (["--allow-root", "/nowhere"], "--allow-root /nowhere: there is no such folder"),
+        (["--format", "webdataset"], "source.json holds no row of the format webdataset"),
+        (["--format", "mmpr"], "source.json: entry '' has no annotation file"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]], ids=str)
+def test_a_wrong_option_is_named_before_anything_is_written(source, tmp_path, capsys, options, said, extra):
+    try:
+        code = main(["pack", str(source), "--out", str(tmp_path / "set"), *options, *extra])
+    except SystemExit as stopped:  # by argparse
+        code = stopped.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]], ids=str)
+@pytest.mark.parametrize("shuffle", [[], ["--shuffle"]], ids=str)
+def test_an_out_that_is_taken_is_refused_at_once(source, tmp_path, capsys, monkeypatch, shuffle, extra):
+    """By a dry run too: a file, a folder with something else, a file on the way, another pack, one of another input."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("x")
+    assert main(["pack", str(source), "--out", str(tmp_path / "set"), "-q", *shuffle]) == 0
+    plain = ["pack", str(source), "--workers", "1", *shuffle]
+    other = ["--samples-per-shard", "7"]
+    before = contents(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(pack_module, "convert", lambda *_, **__: pytest.fail("a row was converted"))
+        for out, more, said in (
+            ("file", [], f"{tmp_path}/file is a file, expected a folder"),
+            ("file/below", [], f"{tmp_path}/file is a file, expected a folder"),
+            ("notes", [], "notes is not empty and holds no pack"),
+            ("set", other, "holds a set made otherwise" if shuffle else "samples_per_shard was 2000, is 7"),
+        ):
+            assert main([*plain, "--out", str(tmp_path / out), *more, *extra]) == 2, out
+            assert said in capsys.readouterr().err
+        rows = json.loads(source.read_text())
+        source.write_text(json.dumps(rows[:-1]))
+        assert main([*plain, "--out", str(tmp_path / "set"), *extra]) == 2
+        assert "holds a pack of another input" in capsys.readouterr().err
+        source.write_text(json.dumps(rows))
+        assert main([*plain, "--out", str(tmp_path / "set"), *extra]) == 0
+        assert ("is complete: nothing would be written" in capsys.readouterr().out) == bool(extra)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]], ids=str)
+def test_a_dry_run_ends_as_the_run_would(tmp_path, capsys, extra):
+    """No rows, none that is left, too many that are dropped, all well."""
+    row = {"prompt": "What?", "chosen": "A", "rejected": "B"}
+    same = row | {"rejected": "A"}
+    for number, (rows, more, code, said) in enumerate(
+        (
+            ([], ["--format", "llava_dpo"], 2, "holds no row of the format llava_dpo"),
+            ([same], ["--max-drop", "1"], 2, "no sample is left (chosen equals rejected: 1)"),
+            ([same, row], [], 1, "1 of 2 rows were dropped"),
+            ([row], [], 0, ""),
+        )
+    ):
+        source = write_rows(tmp_path / str(number), rows)
+        out = tmp_path / f"out{number}"
+        assert main(["pack", str(source), "--out", str(out), "--workers", "1", *more, *extra]) == code
+        shown = capsys.readouterr()
+        assert said in shown.err
+        assert (out.exists() and bool(list(out.iterdir()))) == (not extra and bool(rows))
+    assert "1 sample" in shown.out and "1 samples" not in shown.out
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]], ids=str)
+def test_an_unfinished_pack_of_another_input_is_refused(source, tmp_path, capsys, extra):
+    options = PackOptions(source=source, out=tmp_path / "cut", samples_per_shard=5)
+    pack_until(20, options)
+    command = ["pack", str(source), "--out", str(options.out), "--samples-per-shard", "5", "--workers", "1", *extra]
+    rows = json.loads(source.read_text())
+    source.write_text(json.dumps(rows[1:]))
+    assert main(command) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    source.write_text(json.dumps(rows))
+    assert main(command) == 0
+
+
 def test_info_and_validate(tmp_path, capsys):
     packed = make_set(tmp_path)
     assert main(["info", str(packed.folder)]) == 0
@@ -322,7 +411,6 @@ def test_larger_images_are_made_smaller_and_others_keep_their_bytes(tmp_path, ca
     assert main(["validate", str(tmp_path / "set"), "-q"]) == 0
     assert main(["pack", str(source), "--out", str(tmp_path / "set"), "--max-side", "13", "-q"]) == 2
     assert "max_side was 12, is 13" in capsys.readouterr().err
-    assert main(["pack", str(source), "--out", str(tmp_path / "other"), "--max-side", "0"]) == 2
 
 
 def test_a_shuffled_pack_goes_on_after_a_kill(source, tmp_path, monkeypatch):

@@ -111,7 +111,13 @@ def test_the_command(packed, tmp_path, capsys):
     assert "no sample of" in capsys.readouterr().err
 
 
-def test_a_damaged_sample_is_left_out(tmp_path):
+def test_a_damaged_sample_is_left_out_and_told(tmp_path, capsys):
     shards = make_set(tmp_path, count=5)
     flip_bit(shards, 2)
     assert [shown.row for shown in read_shown(shards, range(5))] == [0, 1, 3, 4]
+    assert main(["preview", str(shards.folder), "--out", str(tmp_path / "x.html")]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "4 samples" in shown
+        and f"1 of 5 cannot be read and is not shown; python -m data_tools validate {shards.folder}" in shown
+    )

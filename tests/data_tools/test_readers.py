@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_tools.__main__ import main
 from data_tools.readers import READERS, find_reader, mmpr
 from data_tools.records import Drop
 
@@ -53,6 +54,23 @@ def test_mmpr_without_its_annotation_names_it(mmpr_folder):
         ValueError, match=r"annotation MMPR-v1.2/annotations/two.jsonl of two is not there.*--image-root"
     ):
         list(mmpr.read(mmpr_folder, []))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("repeat_time", None), ("repeat_time", "x"), ("repeat_time", "2"), ("repeat_time", True), ("repeat_time", [1]),
+     ("repeat_time", -1), ("repeat_time", float("nan")), ("repeat_time", float("inf")), ("repeat_time", 10**400),
+     ("root", 5), ("root", ["images"])],
+)  # fmt: skip
+def test_a_wrong_entry_of_mmprs_meta_is_named(mmpr_folder, tmp_path, capsys, key, value):
+    """Before anything is packed, though the entry is the last."""
+    meta = json.loads((mmpr_folder / "meta.json").read_text())
+    meta["two"][key] = value
+    (mmpr_folder / "meta.json").write_text(json.dumps(meta))
+    assert main(["pack", str(mmpr_folder), "--out", str(tmp_path / "set")]) == 2
+    shown = capsys.readouterr().err
+    assert f"{mmpr_folder}/meta.json: {key} of 'two' is {json.loads(json.dumps(value))!r}, expected" in shown
+    assert not (tmp_path / "set").exists()
 
 
 ROWS = [

@@ -94,6 +94,38 @@ def test_twins(place, tmp_path, capsys):
     assert "global_batch_size" in run(capsys, "twins", sft, larger, code=1)["differing"][0]
 
 
+def test_dry_runs_write_nothing(place, tmp_path, capsys):
+    """Where token counts are missing they say what would be counted; where they are not, the result."""
+    config = write_config(place, tmp_path)
+    for command in (
+        ["simulate", "--config", config, "--steps", 2],
+        ["twins", config, config],
+        ["lengths", "--config", config],
+    ):
+        assert main([*map(str, command), "--dry-run"]) == 0
+        assert (
+            f"would count the tokens of 40 samples in 8 shards, into {tmp_path}/cache/lengths"
+            in capsys.readouterr().out
+        )
+        assert run(capsys, *command, "--dry-run")["missing"] in (40, [40, 40])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+    run(capsys, "lengths", "--config", config)
+    counted = sorted(tmp_path.rglob("*"))
+    for command in ["simulate", "--config", config, "--steps", 2], ["twins", config, config]:
+        assert run(capsys, *command, "--dry-run") == run(capsys, *command)
+    assert main(["lengths", "--config", str(config), "--dry-run"]) == 0
+    assert "holds the counts of all samples; nothing would be written" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == counted
+
+
+@pytest.mark.parametrize("command", ["simulate", "lengths"])
+def test_settings_without_a_config_are_refused_and_with_one_taken_as_they_are(place, tmp_path, capsys, command):
+    assert main([command, str(place / "set"), "train.seed=3"]) == 2
+    assert "train.seed=3: key=value settings need the --config RUN.yaml" in capsys.readouterr().err
+    assert main([command, "--config", str(write_config(place, tmp_path)), "data.train=pipe://x"]) == 2
+    assert "pipe://x: pipe: would run a command" in capsys.readouterr().err
+
+
 def test_a_mixture_of_sets_in_a_run(place, tmp_path, capsys):
     make_set(tmp_path / "more", count=30, samples_per_shard=7)
     # The same rows packed under another name are another set only if their content differs.
@@ -130,6 +162,10 @@ def test_what_runs_met_is_left_out_of_the_next(place, tmp_path, capsys):
     assert simulated["steps_per_epoch"] == 38 / 8
     assert len(ids) == 38 and not ids & {shards.read_text(row)["id"] for row in (6, 33)}
     assert main(["exclude", str(folder), "--from", str(place / "vision.json"), "--out", str(out)]) == 2
+    for missing in tmp_path / "none.jsonl", tmp_path:
+        capsys.readouterr()
+        assert main(["exclude", str(folder), "--from", str(missing), "--out", str(out)]) == 2
+        assert f"--from {missing}: no such text file; name bad-samples-rank*.jsonl" in capsys.readouterr().err
     (tmp_path / "foreign.json").write_text(json.dumps({"format": 1, "samples": [{"shard": "0", "ordinal": 1}]}))
     with pytest.raises(ValueError, match="none of them in data.train"):
         read_excluded(tmp_path / "foreign.json", shards)

