@@ -38,10 +38,12 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools.pack import PackOptions, pack
 from pivot.data.images import load_image
+from pivot.data.index import INDEX_RECORD
 from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.loader import Loader, MicroBatches
+from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.data.plan import Plan
-from pivot.data.shards import INDEX_RECORD, MANIFEST_VERSION, Shard, ShardSet, set_fingerprint
+from pivot.data.shards import ShardSet
 from pivot.files import write_json
 from pivot.geometry import EncoderFacts
 from pivot.processor import Processor
