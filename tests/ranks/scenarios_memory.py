@@ -27,13 +27,16 @@ CASES: list[tuple[str, int, int, bool]] = [
 BUCKET = 100 * 2**20  # larger storages are DeepSpeed's buckets, which it allocates whatever the model's size
 
 
-def live_storages(model: torch.nn.Module | None = None) -> dict[int, int]:
-    """Address -> bytes of every tensor's memory in this process; gradients of `model` may be known to C++ alone."""
+def live_storages(model: torch.nn.Module | None = None) -> dict[int, torch.UntypedStorage]:
+    """Address -> every tensor's memory in this process; gradients of `model` may be known to C++ alone.
+
+    While the result lives none of its addresses can be given out anew.
+    """
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [p.grad for p in (model.parameters() if model is not None else ()) if p.grad is not None]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {storage.data_ptr(): storage for storage in storages}
 
 
 def measure(folder: Path) -> None:
@@ -50,8 +53,8 @@ def measure(folder: Path) -> None:
             for number, row in enumerate(rows[2 * step : 2 * step + 2]):
                 engine.backward(engine(row).sum(), last=number == 1)
                 if step:  # the optimizer's state is there
-                    new = {k: size for k, size in live_storages(engine.model).items() if k not in before}
-                    held.append(sum(size for size in new.values() if size < BUCKET))
+                    new = [memory.nbytes() for k, memory in live_storages(engine.model).items() if k not in before]
+                    held.append(sum(size for size in new if size < BUCKET))
             engine.step(step, measure=False)
         setup = Setup(
             skeleton=build_skeleton(settle_sources(config).model, 320),
