@@ -230,7 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="our ZeRO stage; by default 0 in fp32, else 1")
     parser.add_argument("--attention", default="auto", help="our attention back end")
     parser.add_argument("--row-tokens", type=int, default=16384, help="our token budget of a micro-batch")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute our activations")
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none", help="ours")
     parser.add_argument("--only-ratio", action="store_true", help="do not switch our savings off one by one")
     parser.add_argument("--case", type=Path, help="keep models and data here, and take them from here the next time")
     parser.add_argument("--json", type=Path, help="write everything here")

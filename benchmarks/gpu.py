@@ -133,7 +133,7 @@ def bench(options: argparse.Namespace, folder: Path, **changes: Any) -> Bench:
         "zero": None,
         "attention": "auto",
         "row_tokens": options.row_tokens,
-        "checkpointing": False,
+        "checkpointing": "none",
         "only_ratio": True,
     }
     made = Bench(argparse.Namespace(**(settings | changes)), folder)
@@ -163,12 +163,12 @@ def sweeps(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows = []
     longest = bench(options, folder)
     for tokens in options.budgets:
-        for checkpointing in (False, True):
+        for checkpointing in ("none", "selective", "full"):
             found = longest.pivot(max_tokens_per_micro_batch=tokens, checkpointing=checkpointing)
             rows.append({"row_tokens": tokens, "checkpointing": checkpointing, "attention": "auto"} | _figures(found))
     for name in BACKENDS:
         found = longest.pivot(attention=name)
-        rows.append({"row_tokens": options.row_tokens, "checkpointing": False, "attention": name} | _figures(found))
+        rows.append({"row_tokens": options.row_tokens, "checkpointing": "none", "attention": name} | _figures(found))
     return rows
 
 
@@ -177,7 +177,7 @@ def large(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows = []
     made = bench(options, folder, shape=options.large, pairs_per_step=8, steps=2)
     for zero, frozen in (("3_offload", []), (1, ["language_model"])):
-        found = made.pivot(zero=zero, frozen=frozen, checkpointing=True, steps=4)
+        found = made.pivot(zero=zero, frozen=frozen, checkpointing="full", steps=4)
         rows.append({"stage": zero, "frozen": ",".join(frozen) or "nothing"} | _figures(found))
     return rows
 

@@ -136,7 +136,8 @@ class TrainConfig:
     num_epochs: float | None = None
     seed: int = 0
     precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 on GPU, fp32 on CPU
-    activation_checkpointing: bool = False  # recompute blocks in backward: less memory, about a third more time
+    activation_checkpointing: str = "none"  # | selective: norms, activations, gathered keys are computed again in
+    # backward, about half of what a block keeps for a few percent of time | full: blocks are, a third more time
     attention: str = "auto"  # auto | torch_varlen | flash_attn | sdpa: the back end of the prefix trees' attention
     timeout_s: float = 600.0  # a collective that waits longer ends the run
 

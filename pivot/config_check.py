@@ -17,6 +17,7 @@ _CHOICES = {
     "optim.name": ("adamw", "sgd"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("auto", "bf16", "fp32"),
+    "train.activation_checkpointing": ("none", "selective", "full"),
     "checkpoint.resume": ("auto", "required", "none"),
 }
 # key -> (lowest, highest) value, both allowed

@@ -17,6 +17,7 @@ import torch
 from pivot.config import ConfigError
 from pivot.distributed import World
 from pivot.logprobs import CHUNK_LOGITS
+from pivot.models.decoder import reads_at_targets
 from pivot.models.skeleton import Skeleton
 
 MASTER = 4  # bytes of an fp32 copy of a trained weight, which ZeRO 1-3 keep in fp32 runs, too
@@ -66,7 +67,7 @@ class Setup:
     world_size: int
     zero: dict[str, Any]
     row: Row
-    activation_checkpointing: bool
+    activation_checkpointing: str  # none | selective | full
 
     @property
     def stage(self) -> int:
@@ -121,28 +122,47 @@ def _bucket_bytes(setup: Setup, every: int, trained: int) -> float:
 
 
 def activation_bytes(setup: Setup) -> float:
-    """What autograd keeps from forward to backward, plus what one block needs at work.
-
-    Counted off the modules as transformers runs them: RMSNorm in fp32 with its input and its normed copy, keys and
-    values repeated for the query heads, SwiGLU's four wide tensors; LayerNorm and GELU in the encoder.
-    """
+    """What autograd keeps from forward to backward, plus what one block needs at work (two where it is run again)."""
     size, row, skeleton = setup.dtype.itemsize, setup.row, setup.skeleton
     text, tower = skeleton.text_config, skeleton.vision_tower
-    hidden, wide = int(text.hidden_size), int(text.intermediate_size)
-    queries = skeleton.head_size * int(text.num_attention_heads)
-    layers = int(text.num_hidden_layers)
-    norm = (4 + 2 * size) * hidden  # the fp32 input, the normed copy, the result
-    text_block = row.tokens * (2 * norm + size * (6 * queries + 4 * wide))
+    hidden = int(text.hidden_size)
     patches = row.images * (tower.num_features + int(tower.facts.has_cls))
+    again = setup.activation_checkpointing
+    text_blocks = {how: row.tokens * width for how, width in _text_block_bytes(text, skeleton.head_size, size).items()}
+    vision_blocks = {how: patches * size * width for how, width in _encoder_block_widths(skeleton).items()}
+    ends = size * hidden * (6 * row.tokens + 3 * row.images * tower.num_features)  # embeddings, last norm, projector
+    kept = int(text.num_hidden_layers) * text_blocks[again]
+    if "vision_tower" in setup.trained:
+        kept += tower.num_blocks * vision_blocks[again]
+    at_work = max(text_blocks["none"], vision_blocks["none"])
+    return ends + kept + at_work * (2 if again == "full" else 1)
+
+
+def _text_block_bytes(text: Any, head_size: int, size: int) -> dict[str, float]:
+    """Of a token, by what is computed again."""
+    hidden, wide, queries = (
+        int(text.hidden_size),
+        int(text.intermediate_size),
+        head_size * int(text.num_attention_heads),
+    )
+    keys = head_size * int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    if not reads_at_targets(text):  # as transformers runs it: fp32 copies in the norms, rotations and SiLU one by one
+        every = 2.0 * (4 + 2 * size) * hidden + size * (6 * queries + 4 * wide)
+        return {"none": every, "selective": every, "full": float(size * hidden)}
+    inputs = size * (2 * hidden + 2 * queries + 2 * keys + 2 * wide)  # of norms, attention, SiLU; attention's output
+    gathered = 4 * size * keys  # each completion's copy of its prompt's
+    return {
+        "none": float(inputs + size * (2 * hidden + wide) + gathered),  # and the results of norms and MLP
+        "selective": float(inputs),
+        "full": float(size * hidden),
+    }
+
+
+def _encoder_block_widths(skeleton: Skeleton) -> dict[str, int]:
+    """Values a patch, by what is computed again: inputs of norms, attention and GELU; then their results."""
+    width = skeleton.vision_tower.width
     mlp = max(p.shape[0] for p in skeleton.encoder_blocks()[0].parameters() if p.ndim == 2)
-    vision_block = patches * size * (9 * tower.width + 2 * mlp)
-    text_input, vision_input = row.tokens * size * hidden, patches * size * tower.width
-    ends = 6 * text_input + row.images * tower.num_features * size * 3 * hidden  # embeddings, last norm, projector
-    trains_vision = "vision_tower" in setup.trained
-    if setup.activation_checkpointing:
-        kept = layers * text_input + trains_vision * tower.num_blocks * vision_input
-        return ends + kept + 2 * max(text_block, vision_block)
-    return ends + layers * text_block + (trains_vision * (tower.num_blocks - 1) + 1) * vision_block
+    return {"none": 9 * width + 2 * mlp, "selective": 7 * width + mlp, "full": width}
 
 
 def _head_bytes(setup: Setup) -> float:
@@ -203,10 +223,15 @@ def judge(setup: Setup, there: float, host: float, where: str) -> list[str]:
     return lines
 
 
+PRICES = {"selective": "a few percent more time", "full": "about a third more time"}  # of recomputing
+
+
 def _remedy(setup: Setup, there: float, advice: str) -> str:
-    recomputing = estimate(replace(setup, activation_checkpointing=True)).total
-    if not setup.activation_checkpointing and recomputing <= there:
-        return f"set train.activation_checkpointing=true ({_gib(recomputing)} GiB, about a third more time)"
+    own = estimate(setup).total
+    for granularity, price in PRICES.items():
+        lower = estimate(replace(setup, activation_checkpointing=granularity)).total
+        if lower < own and lower <= there:
+            return f"set train.activation_checkpointing={granularity} ({_gib(lower)} GiB, {price})"
     return f"lower train.max_tokens_per_micro_batch; {advice or 'freeze a component (optim.COMPONENT.lr=null)'}"
 
 

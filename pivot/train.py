@@ -103,8 +103,8 @@ class Trainer:
         # Now, while the engine still holds the weights that the run starts from.
         references = open_references(config, inputs, world, self.say, start_weights=self._score)
         self.reference, self.held_out_reference = references.train, references.held_out
-        trained, checkpointing = config.optim.trained(), config.train.activation_checkpointing
-        self.counter = build_counter(inputs.skeleton, trained, activation_checkpointing=checkpointing)
+        again = config.train.activation_checkpointing == "full"  # what selective computes again is no matrix product
+        self.counter = build_counter(inputs.skeleton, config.optim.trained(), activation_checkpointing=again)
         self.step, self.masked = self._restore()
         self.stop: StopSignal | None = None
         self.stopping = False
@@ -120,8 +120,8 @@ class Trainer:
             gather=gathered,
             attention=self.inputs.attention.name,
         )
-        if self.config.train.activation_checkpointing:
-            model.enable_activation_checkpointing()
+        if (granularity := self.config.train.activation_checkpointing) != "none":
+            model.enable_activation_checkpointing(granularity)
         return model.train()
 
     def _build_engine(self) -> Engine:

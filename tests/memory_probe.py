@@ -1,6 +1,6 @@
 """Prints what a forward and backward of the real model takes above its weights and gradients; run alone, on a CPU.
 
-python -m tests.memory_probe FOLDER TOKENS IMAGES RECOMPUTE
+python -m tests.memory_probe FOLDER TOKENS IMAGES none|selective|full
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(folder: Path, tokens: int, images: int, recompute: bool) -> None:
+def main(folder: Path, tokens: int, images: int, recompute: str) -> None:
     config = ModelConfig(
         vision_tower=VisionTowerConfig(path=str(folder / "vision.json")),
         language_model=LanguageModelConfig(path=str(folder / "language" / "config.json")),
@@ -50,8 +50,8 @@ def main(folder: Path, tokens: int, images: int, recompute: bool) -> None:
     tower = build_vision_tower(config.vision_tower, dtype=dtype)
     language_model = build_language_model(str(config.language_model.path), dtype=dtype)
     model = MLLM(tower, Projector("mlp2x_gelu", tower.width, language_model.config.hidden_size), language_model).train()
-    if recompute:
-        model.enable_activation_checkpointing()
+    if recompute != "none":
+        model.enable_activation_checkpointing(recompute)
     features, size = tower.num_features, tower.facts.size
     model(batch_of(8, 1, features, size)).sum().backward()  # libraries, gradients
     batch = batch_of(tokens, images, features, size)
@@ -64,4 +64,4 @@ def main(folder: Path, tokens: int, images: int, recompute: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True")
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -116,7 +116,7 @@ def build(model: ModelConfig, trained: tuple[str, ...], *, recompute: bool) -> M
     for name in COMPONENTS:
         found.get_submodule(name).requires_grad_(name in trained)
     if recompute:
-        found.enable_activation_checkpointing()
+        found.enable_activation_checkpointing("full")
     return found
 
 

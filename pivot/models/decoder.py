@@ -2,7 +2,8 @@
 
 - Behind its keys and values a position of the last block reaches no other position, and the head reads a few (an
   image's hundreds of tokens are none). So its queries, attention and MLP and the final norm run there alone.
-- Rotary embeddings (RoFormer, arXiv:2104.09864, section 3.2) take two passes over the states, not five, and keep none.
+- What lies between the matrix products is that of `pivot.models.pointwise`, and the inputs of products that are cheap
+  to compute again are marked for `pivot.models.recompute`.
 
 Letters: T tokens, M queries and N targets (`pivot.batch.Reading`), H heads, D a head's width, W hidden width.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pivot.batch import Reading, Segments
+from pivot.models.pointwise import rms_norm, rotate, swiglu
+from pivot.models.recompute import cheap
 
 # Families whose block is: norm, attention with rotary embeddings, add, norm, MLP, add. Others run as they come.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -35,8 +37,13 @@ def streamline(language_model: Any) -> None:
     subclasses, since transformers recomputes activations around the forward of a class, not of an object.
     """
     blocks = language_model.model.layers
+    for module in language_model.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.__class__ = _norm(module.__class__)
     for block in blocks:
         block.self_attn.__class__ = _attention(block.self_attn.__class__)
+        if language_model.config.hidden_act == "silu":
+            block.mlp.__class__ = _mlp(block.mlp.__class__)
     blocks[-1].__class__ = _last_block(blocks[-1].__class__)
 
 
@@ -63,6 +70,22 @@ def _last_block(block_class: Any) -> type[nn.Module]:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     return type(block_class.__name__, (block_class,), {"forward": forward})
+
+
+@cache
+def _norm(norm_class: Any) -> type[nn.Module]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return cheap(rms_norm, hidden_states, self.weight, self.variance_epsilon)
+
+    return type(norm_class.__name__, (norm_class,), {"forward": forward})
+
+
+@cache
+def _mlp(mlp_class: Any) -> type[nn.Module]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.down_proj(cheap(swiglu, self.gate_proj(x), self.up_proj(x)))
+
+    return type(mlp_class.__name__, (mlp_class,), {"forward": forward})
 
 
 @cache
@@ -112,30 +135,3 @@ def _heads(attention: Any, name: str, hidden_states: Tensor) -> Tensor:
     states = getattr(attention, f"{name}_proj")(hidden_states).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)  # Qwen3's, of queries and keys
     return (states if norm is None else norm(states)).transpose(1, 2)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """States [1, H, T, D] turned by angles [1, 1, T, D / 2]: halves (a, b) become (a cos - b sin, b cos + a sin)."""
-    return _Rotate.apply(states, cos, sin)
-
-
-class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so nothing of the states is kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(states, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, -sin), None, None
-
-
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.empty_like(states)
-    (a, b), (out_a, out_b) = states.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return turned

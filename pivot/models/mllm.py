@@ -5,6 +5,8 @@ Letters as in `pivot.batch`: T tokens, I images, F image tokens, N targets; D hi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from pivot.logprobs import LMHead
 from pivot.models.attention import registered_name
 from pivot.models.decoder import reads_at_targets, streamline
 from pivot.models.projector import Projector
+from pivot.models.recompute import recompute_cheap_modules, recomputing
 from pivot.models.vision import VisionTower
 
 
@@ -38,6 +41,7 @@ class MLLM(nn.Module):
         self._reads_at_targets = reads_at_targets(language_model.config)
         if self._reads_at_targets:
             streamline(language_model)
+        self._recomputing: Callable[[], AbstractContextManager] = nullcontext
         self.use_attention("sdpa")
         disable_dropout(self)
 
@@ -52,6 +56,11 @@ class MLLM(nn.Module):
         With no image the dummy's features go nowhere, but they stay in the graph: `index_copy` of nothing still
         passes an exact zero back, so every rank runs the encoder's backward and ZeRO-3 finds a fresh gradient.
         """
+        with self._recomputing():
+            hidden = self._hidden_states(batch)  # [N, D]
+        return self.language_model.lm_head(hidden, batch.target_ids)
+
+    def _hidden_states(self, batch: PackedBatch) -> Tensor:
         features = self.projector(self.vision_tower(batch.pixel_values)).flatten(0, 1)  # [I * features, D]
         embeddings = self.language_model.get_input_embeddings()(batch.token_ids)  # [T, D]
         chosen = features[batch.feature_index].to(embeddings.dtype)  # [F, D]
@@ -64,12 +73,18 @@ class MLLM(nn.Module):
             use_cache=False,
             **where,
         ).last_hidden_state[0]  # [N, D], or [T, D]
-        if not self._reads_at_targets:
-            hidden = hidden[batch.target_positions]
-        return self.language_model.lm_head(hidden, batch.target_ids)
+        return hidden if self._reads_at_targets else hidden[batch.target_positions]
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute blocks in backward. Never reentrant: that starves an encoder whose pixels carry no gradient."""
+    def enable_activation_checkpointing(self, granularity: str) -> None:
+        """Compute again in backward: "selective", what is cheap; "full", whole blocks.
+
+        Never reentrant: that starves an encoder whose pixels carry no gradient.
+        """
+        if granularity == "selective":
+            recompute_cheap_modules(self.vision_tower)
+            recompute_cheap_modules(self.projector)
+            self._recomputing = recomputing
+            return
         self.vision_tower.enable_activation_checkpointing()
         self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig, Qwen3Config
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pivot.batch import PackedBatch, Segments
 from pivot.models.attention import registered_name
-from pivot.models.decoder import FAMILIES, reads_at_targets, rotate, streamline
+from pivot.models.decoder import FAMILIES, reads_at_targets, streamline
 from tests.tiny import tiny_text_config
 from tests.trees import TREES, build_batch, random_segments
 
@@ -87,23 +86,6 @@ def test_the_last_block_runs_where_it_is_read() -> None:
     assert run(model, batch, reading=batch.reading).shape[0] == 9
     behind = dict.fromkeys(("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), 9)
     assert rows == {"self_attn.q_proj": 10, "self_attn.k_proj": 39, "self_attn.v_proj": 39} | behind
-
-
-def test_rotary_embeddings() -> None:
-    """Values, gradients, and nothing kept but the angles."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 7, 4, 8, generator=generator).transpose(1, 2).requires_grad_()
-    angles = torch.randn(1, 7, 4, generator=generator)
-    cos, sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
-    expected, _ = apply_rotary_pos_emb(states, states, cos, sin)
-    kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
-        found = rotate(states, cos[:, None, :, :4], sin[:, None, :, :4])
-    assert kept == [(1, 1, 7, 4)] * 2
-    torch.testing.assert_close(found, expected)
-    weight = torch.randn(found.shape, generator=generator)
-    ours, theirs = (torch.autograd.grad((x * weight).sum(), states)[0] for x in (found, expected))
-    torch.testing.assert_close(ours, theirs)
 
 
 def test_other_families_run_as_they_come() -> None:

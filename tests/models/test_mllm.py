@@ -46,9 +46,9 @@ def image_tree(image_token_id: int) -> dict[str, object]:
     return {"token_ids": token_ids, "parents": [-1, 0, 1, 1, 0, 4, 4], "pixel_values": pixels}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_stock_llava(case: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_equals_stock_llava(case: str, recompute: str, tmp_path: Path) -> None:
     """Log-probs to 1e-5, and the gradient of every parameter to 1e-5 of its norm (see test_attention for the floor)."""
     tiny_llava(tmp_path, **CASES[case])
     model, image_token_id = build_plain(tmp_path)
@@ -57,8 +57,8 @@ def test_equals_stock_llava(case: str, checkpointing: bool, tmp_path: Path) -> N
     batch = build_batch(
         tree["token_ids"], tree["parents"], image_token_id=image_token_id, pixel_values=tree["pixel_values"]
     )
-    if checkpointing:
-        model.enable_activation_checkpointing()
+    if recompute != "none":
+        model.enable_activation_checkpointing(recompute)
 
     expected = stock_logps(stock, image_token_id, model.vision_tower, **tree)
     found = model(batch)

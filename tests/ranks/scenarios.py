@@ -44,7 +44,7 @@ def optim_config(name: str = "sgd", frozen: tuple[str, ...] = (), **changes: Any
 
 
 def build(
-    llava: Path, stage: int | str, optim: OptimConfig, *, bf16: bool = False, checkpointing: bool = False
+    llava: Path, stage: int | str, optim: OptimConfig, *, bf16: bool = False, recompute: str = "none"
 ) -> tuple[Engine, int]:
     """An engine around the LLaVA of a folder, as train.py builds it; and the image-token id."""
     name = f"zero{stage}.json"
@@ -62,8 +62,8 @@ def build(
         loading=lambda: sharded_loading(settings),
         gather=gathered,
     ).train()
-    if checkpointing:
-        model.enable_activation_checkpointing()
+    if recompute != "none":
+        model.enable_activation_checkpointing(recompute)
     return Engine(model, settings, optim, lambda step, floor: 1.0, world()), processor.image_token_id
 
 
@@ -209,12 +209,12 @@ def _tower(engine: Engine) -> dict[str, Tensor]:
 
 
 def freezing(folder: Path) -> None:
-    """Each component frozen, and all but one, with activation checkpointing on and off."""
+    """Each component frozen, and all but one, with each way of recomputing activations."""
     components = ("vision_tower", "projector", "language_model")
-    for checkpointing in (False, True):
+    for recompute in ("none", "selective", "full"):
         for frozen in [(c,) for c in components] + [tuple(o for o in components if o != c) for c in components]:
             optim = optim_config("adamw", frozen)
-            engine, image = build(folder / "llava-untied", 3, optim, checkpointing=checkpointing)
+            engine, image = build(folder / "llava-untied", 3, optim, recompute=recompute)
             before, received = weights(engine), _watch_gradients(engine)
             pairs = [pair(i, image, with_image=True) for i in range(4)]
             run_step(engine, _mine(pairs, 1, image), 4, 0)
@@ -227,7 +227,7 @@ def freezing(folder: Path) -> None:
                 "trainable": trainable,
                 "frozen": list(frozen),
             }
-            save(folder, f"frozen-{'+'.join(frozen)}-{checkpointing}", case)
+            save(folder, f"frozen-{'+'.join(frozen)}-{recompute}", case)
 
 
 def _watch_gradients(engine: Engine) -> set[str]:

@@ -64,7 +64,7 @@ def measure(folder: Path) -> None:
             world_size=dist.get_world_size(),
             zero=read_deepspeed_json(f"ds_configs/zero{stage}.json")["zero_optimization"],
             row=Row(1, 1, 1),
-            activation_checkpointing=False,
+            activation_checkpointing="none",
         )
         found[f"{name}-{num_frozen}-{stage}-{bf16}"] = {"held": max(held), "states": estimate(setup).states}
         del engine

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pivot.batch import Chain, Segments
+from pivot.models.recompute import cheap
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
@@ -44,7 +45,11 @@ def _gather(pieces: tuple[Tensor, ...], chains: tuple[Chain, ...], number: int) 
     for start, end in chains[number].prefix:
         owner = bisect_right(chains, start, key=lambda chain: chain.start) - 1
         parts.append(pieces[owner][:, :, start - chains[owner].start : end - chains[owner].start])
-    return torch.cat([*parts, pieces[number]], dim=2) if parts else pieces[number]
+    return cheap(_join, *parts, pieces[number]) if parts else pieces[number]
+
+
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim=2)
 
 
 def _bottom_right_mask(segments: Segments, chain: Chain, device: torch.device) -> Tensor:

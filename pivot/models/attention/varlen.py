@@ -12,9 +12,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pivot.batch import Segments
+from pivot.models.recompute import cheap
 
 
 def torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
@@ -79,7 +81,7 @@ def over_chains(call: Callable[..., Tensor], query: Tensor, key: Tensor, value: 
     layout = segments.layout
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [M or T, heads, D]
     if layout.key_index is not None:
-        k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
+        k, v = (cheap(torch.index_select, states, 0, layout.key_index) for states in (k, v))
     return call(
         q.contiguous(),
         k.contiguous(),
