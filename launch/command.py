@@ -73,9 +73,10 @@ def _make_references(config: Config, check_only: bool) -> int:
 def report(error: Exception) -> int:
     """Print `error`, as one sentence where it is our own word to the user and with its traceback elsewhere."""
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, ValueError) and _raised_by_pivot(error):
+    in_our_words = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None)
+    if in_our_words and _raised_by_pivot(error):
         print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
+        return USAGE_ERROR if isinstance(error, ValueError) else FAILED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "output_dir or data.cache_dir"
         print(f"error: {where}: {error.strerror}; free some, the same command goes on", file=sys.stderr, flush=True)

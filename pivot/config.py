@@ -70,6 +70,7 @@ class DataConfig:
     exclude: str | None = None  # samples to leave out: a list made by `python -m data_tools exclude`
     shard_cache: str | None = None  # folder for the shards of remote sets; None: `fetched` in cache_dir
     shard_cache_gb: float = 200.0  # the most that it may take
+    allow_pipe: bool = False  # sets may be pipe:COMMAND, which is run for each file, its name in place of {}
     chat_template: str | None = None  # a Jinja file or text; None: the tokenizer's own
     image: ImageConfig = field(default_factory=ImageConfig)
     # Pairs about one image follow each other in the order and share its tokens in a row: faster where a set has several

@@ -155,7 +155,7 @@ def open_data(config: Config) -> ShardSet:
 def _shard_cache(config: Config) -> ShardCache:
     """Of training and evaluation alike; a local set does not touch it."""
     folder = config.data.shard_cache or settle_cache_dir(config, config.data.train) / "fetched"
-    return ShardCache(folder, int(config.data.shard_cache_gb * 1e9))
+    return ShardCache(folder, int(config.data.shard_cache_gb * 1e9), allow_pipe=config.data.allow_pipe)
 
 
 def settle_cache_dir(config: Config, data: Any) -> Path:

@@ -32,6 +32,7 @@ _FREE_ON_RESUME = (
     "objective.dpo.reference_per_token",
     "data.shard_cache",
     "data.shard_cache_gb",
+    "data.allow_pipe",
     "train.max_tokens_per_micro_batch",
     "train.activation_checkpointing",
     "train.attention",

@@ -2,7 +2,8 @@
 
 Two sets cannot collide there, equal shards of two sets are kept once, and a file under its own name is whole and
 verified. One process downloads, the others of the machine wait for it; the oldest shards go when the cap is reached.
-Nothing is run to fetch a file: `pipe:` and the like are refused.
+Nothing is run to fetch a file unless the user allows it: `pipe:COMMAND`, with {} where a file's name goes, then runs
+without a shell.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import hashlib
 import logging
 import os
 import re
+import shlex
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,24 +39,34 @@ class NotThere(ValueError):
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL that can be fetched. Raises ValueError for `pipe:` and for unknown protocols."""
+    """Whether `path` is a URL that can be fetched, or a command. Raises ValueError for unknown protocols."""
+    if is_command(path):
+        return True
     found = _SCHEME.match(path)
-    if not found or not (found[2] or found[1].lower() == "pipe"):
+    if not found or not found[2]:
         return False
-    if found[1].lower() == "pipe":
-        raise ValueError(f"{path}: pipe: would run a command, which is refused; give an https, s3, gs or hf address")
     if found[1].lower() not in PROTOCOLS:
         raise ValueError(f"{shown(path)}: expected a folder, or one of {', '.join(f'{p}://' for p in PROTOCOLS[:5])}")
     return True
 
 
+def is_command(path: str) -> bool:
+    return path.lower().startswith("pipe:")
+
+
 def join_url(folder: str, *names: str) -> str:
+    if is_command(folder):
+        if "{}" not in folder:
+            raise ValueError(f"{folder}: expected {{}} where a file's name goes, as in pipe:ssh HOST cat /SET/{{}}")
+        return folder.replace("{}", "/".join(names))
     parts = urlsplit(folder)
     return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *names])))
 
 
 def shown(url: str) -> str:
-    """The URL without what may be a secret: user, password and query."""
+    """The URL without what may be a secret: user, password and query. A command is shown as it is."""
+    if is_command(url):
+        return url
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -60,16 +74,25 @@ def shown(url: str) -> str:
 class ShardCache:
     """FOLDER/ab/abcd....tar for each shard fetched, at most `max_bytes` of them."""
 
-    def __init__(self, folder: str | Path, max_bytes: int = 200 << 30) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder: str | Path, max_bytes: int = 200 << 30, *, allow_pipe: bool = False) -> None:
+        self.folder, self.max_bytes, self._allow_pipe = Path(folder), max_bytes, allow_pipe
+
+    def check(self, url: str) -> None:
+        """Raises ValueError for a command, unless commands are allowed."""
+        if is_command(url) and not self._allow_pipe:
+            raise ValueError(
+                f"{url}: pipe: would run a command, which is refused; set data.allow_pipe=true if it is yours, or give "
+                "an https, s3, gs or hf address"
+            )
 
     def path(self, sha256: str, suffix: str = ".tar") -> Path:
         return self.folder / sha256[:2] / f"{sha256}{suffix}"
 
-    def fetch(self, url: str, *, sha256: str, num_bytes: int = 0) -> Path:
+    def fetch(self, url: str, *, sha256: str, num_bytes: int = 0, suffix: str = ".tar") -> Path:
         """The local file with this content. Raises OSError when it cannot be had after TRIES, and ValueError for a
         protocol that this machine has no package for, or when the content is another."""
-        path = self.path(sha256, os.path.splitext(urlsplit(url).path)[1])
+        self.check(url)
+        path = self.path(sha256, suffix)
         if not _touch(path):
             with _locked(path.with_suffix(".lock")):
                 if not _touch(path):  # another process fetched it meanwhile
@@ -84,14 +107,20 @@ class ShardCache:
 
     def read(self, url: str) -> bytes:
         """A small file that has no hash: fetched every time."""
+        self.check(url)
         return _try_often(url, lambda: _read(url))
 
     def read_if_there(self, url: str) -> bytes | None:
         """The same of a file that need not exist."""
+        self.check(url)
         try:
-            return _try_often(url, lambda: _read(url))
+            return _read(url) if is_command(url) else _try_often(url, lambda: _read(url))
         except NotThere:
             return None
+        except OSError:
+            if is_command(url):  # it does not say why it failed
+                return None
+            raise
 
     def used_bytes(self) -> int:
         with self._settled():
@@ -166,6 +195,8 @@ def _read(url: str) -> bytes:
 
 
 def _open(url: str) -> Any:
+    if is_command(url):
+        return _output_of(url)
     import fsspec
 
     is_remote(url)
@@ -173,6 +204,32 @@ def _open(url: str) -> Any:
         return fsspec.open(url, "rb")
     except ImportError as error:
         raise ValueError(f"{shown(url)}: {error}; or install pivot[remote], which brings all of them") from error
+
+
+@contextlib.contextmanager
+def _output_of(url: str) -> Iterator[Any]:
+    """What a command prints. Raises OSError when it fails, ValueError when there is no such program."""
+    try:
+        arguments = shlex.split(url[len("pipe:") :])
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from error
+    with tempfile.TemporaryFile() as complaints:
+        try:
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints
+            )  # an argument list: no shell reads it
+        except (FileNotFoundError, IndexError) as error:
+            raise ValueError(f"{url}: there is no program {arguments[:1]} on this machine") from error
+        with process:
+            try:
+                yield process.stdout
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            complaints.seek(0)
+            said = " ".join(complaints.read().decode(errors="replace").split())[-300:]
+            raise OSError(f"exit status {process.returncode}: {said or 'it said nothing'}")
 
 
 def _try_often(url: str, fetch: Any) -> Any:

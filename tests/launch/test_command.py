@@ -14,6 +14,7 @@ import pytest
 from launch.command import main, report
 from pivot import checkpoint
 from pivot.config import REPOSITORY
+from pivot.data import remote
 from pivot.distributed import FailedElsewhere
 from tests.runs import write_dpo_run
 
@@ -124,6 +125,20 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = capsys.readouterr().err
     assert f"{tmp_path}: No space left on device (a checkpoint takes {2**30:.2f} GiB" in told
     assert "the same command goes on" in told and "Traceback" not in told
+
+
+def test_a_set_out_of_reach_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
+    with pytest.raises(OSError) as found:
+        remote.ShardCache(tmp_path, allow_pipe=True).read("pipe:cat /nowhere/manifest.json")
+    assert report(found.value) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "error: pipe:cat /nowhere/manifest.json: OSError: exit status 1: cat: /nowhere/manifest.json"
+    )
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize(
