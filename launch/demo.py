@@ -13,7 +13,6 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -66,6 +65,8 @@ def start(goal: str, folder: Path) -> int:
 
 def stage(name: str, folder: Path, overrides: list[str]) -> int:
     """Run the stage under the deepspeed launcher; the exit code is 0 only when it came to its end."""
+    from pivot.ports import free_port  # here, so that the first screen needs nothing installed
+
     script, text, minutes = STAGES[name]
     print(f"\n== {name}: {text} (about {minutes:g} min)", flush=True)
     processes = count_processes()
@@ -73,7 +74,7 @@ def stage(name: str, folder: Path, overrides: list[str]) -> int:
     shown = [f"launch/{script}", f"launch/configs/demo/{name}.yaml", *_settings(name, folder), *overrides]
     print(f"$ deepspeed --num_gpus {processes} " + " ".join(shown), flush=True)
     # Two demos at once need two ports. What the launcher has to say is said here, and by the ranks.
-    command += ["--master_port", str(_free_port()), "--log_level", "critical", *shown]
+    command += ["--master_port", str(free_port()), "--log_level", "critical", *shown]
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     started = time.monotonic()
@@ -115,12 +116,6 @@ def _settings(name: str, folder: Path) -> list[str]:
             found += [f"init_from={folder}/{'align' if name == 'sft' else 'sft'}/export"]
     seed = os.environ.get("SEED", "").strip()
     return found + ([f"train.seed={seed}"] if seed not in ("", "0") else [])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _read_status(run: Path) -> str | None:

@@ -8,11 +8,12 @@ leaves its numbers in `folder`; the tests beside it compare them.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from pivot.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COLLECTIVE_TIMEOUT_S = 180.0  # a hang shows as this; on a busy machine ranks may well start a minute apart
@@ -49,9 +50,3 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     names |= {"LOCAL_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return os.environ | fixed | {name: str(value) for name, value in names.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
