@@ -153,22 +153,33 @@ def stages(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             same = [row for row in rows[:-1] if row["dtype"] == dtype and "losses" in row]
             rows[-1]["losses"] = found["losses"]
             if same:
-                pairs = zip(found["losses"], same[0]["losses"], strict=True)
-                difference = max(abs(ours - theirs) for ours, theirs in pairs)
-                rows[-1] |= {"difference": difference, "agrees": difference <= STAGE_TOLERANCE[dtype]}
+                rows[-1] |= _agreement(found["losses"], same[0]["losses"], dtype)
     return rows
 
 
+def _agreement(found: list[float], expected: list[float], dtype: str) -> dict[str, Any]:
+    difference = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True))
+    return {"difference": difference, "agrees": difference <= STAGE_TOLERANCE[dtype]}
+
+
 def sweeps(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    rows = []
-    longest = bench(options, folder)
-    for tokens in options.budgets:
-        for checkpointing in ("none", "selective", "full"):
-            found = longest.pivot(max_tokens_per_micro_batch=tokens, checkpointing=checkpointing)
-            rows.append({"row_tokens": tokens, "checkpointing": checkpointing, "attention": "auto"} | _figures(found))
-    for name in BACKENDS:
-        found = longest.pivot(attention=name)
-        rows.append({"row_tokens": options.row_tokens, "checkpointing": "none", "attention": name} | _figures(found))
+    """Neither a row's budget nor recomputation nor the back end may change the losses: each is held to the first."""
+    settings = [
+        {"max_tokens_per_micro_batch": tokens, "checkpointing": checkpointing, "attention": "auto"}
+        for tokens in options.budgets
+        for checkpointing in ("none", "selective", "full")
+    ]
+    settings += [
+        {"max_tokens_per_micro_batch": options.row_tokens, "checkpointing": "none", "attention": name}
+        for name in BACKENDS
+    ]
+    longest, rows, expected = bench(options, folder), [], None
+    for setting in settings:
+        found = longest.pivot(**setting)
+        rows.append(setting | _figures(found))
+        if "losses" in found:
+            expected = expected or found["losses"]
+            rows[-1] |= _agreement(found["losses"], expected, options.dtype)
     return rows
 
 
