@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 from cases import SHAPES, Shape, write_case
+
+from pivot.ports import free_port
 
 HERE = Path(__file__).resolve().parent
 SIZES = (8, 64, 512)
@@ -54,10 +55,7 @@ def run(case: Path, name: str, shape: Shape, *, pairs_per_step: int, steps: int,
         "without": [],
         "frozen": [],
     }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(ranks):
         mine = task | {"out": str(case / f"{name}-{rank}.json")}
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
