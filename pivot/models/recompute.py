@@ -84,13 +84,18 @@ def recompute_cheap_modules(model: nn.Module) -> None:
     """Let `recomputing` know the LayerNorms and GELUs of `model`, of whichever library."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) or _is_gelu(module):
-            module.register_forward_hook(lambda module, args, output: _note(output, _twin(module).forward, args))
+            module.register_forward_hook(_note_module)
 
 
 def _is_gelu(module: nn.Module) -> bool:
     """torch, transformers, timm and open_clip have classes of their own: GELUActivation, GELUTanh, QuickGELU ..."""
     is_plain = next(module.parameters(), None) is None and next(module.children(), None) is None
     return is_plain and "gelu" in type(module).__name__.lower()
+
+
+def _note_module(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    if _recipes is not None and output.requires_grad:
+        _note(output, _twin(module).forward, args)
 
 
 def _twin(module: nn.Module) -> nn.Module:
