@@ -36,8 +36,8 @@ from pivot.flops import measure_matmul_tflops
 from pivot.models.attention import BACKENDS, choose_attention
 
 HERE = Path(__file__).resolve().parent
-# Losses of ten steps, stage against stage: the same sums in another order.
-STAGE_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+# Losses of ten steps, setting against setting: the same sums in another order.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 # -- 1: attention --------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def stages(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def _agreement(found: list[float], expected: list[float], dtype: str) -> dict[str, Any]:
     difference = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True))
-    return {"difference": difference, "agrees": difference <= STAGE_TOLERANCE[dtype]}
+    return {"difference": difference, "agrees": difference <= LOSS_TOLERANCE[dtype]}
 
 
 def sweeps(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

@@ -120,8 +120,7 @@ class Trainer:
             gather=gathered,
             attention=self.inputs.attention.name,
         )
-        if (granularity := self.config.train.activation_checkpointing) != "none":
-            model.enable_activation_checkpointing(granularity)
+        model.enable_activation_checkpointing(self.config.train.activation_checkpointing)
         return model.train()
 
     def _build_engine(self) -> Engine:

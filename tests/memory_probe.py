@@ -50,8 +50,7 @@ def main(folder: Path, tokens: int, images: int, recompute: str) -> None:
     tower = build_vision_tower(config.vision_tower, dtype=dtype)
     language_model = build_language_model(str(config.language_model.path), dtype=dtype)
     model = MLLM(tower, Projector("mlp2x_gelu", tower.width, language_model.config.hidden_size), language_model).train()
-    if recompute != "none":
-        model.enable_activation_checkpointing(recompute)
+    model.enable_activation_checkpointing(recompute)
     features, size = tower.num_features, tower.facts.size
     model(batch_of(8, 1, features, size)).sum().backward()  # libraries, gradients
     batch = batch_of(tokens, images, features, size)

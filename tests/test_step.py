@@ -42,8 +42,7 @@ class Plain:
 @pytest.fixture(scope="module", params=["none", "selective", "full"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plain, int]:
     model, image_token_id = build_plain(tiny_llava(tmp_path_factory.mktemp("llava")))
-    if request.param != "none":
-        model.enable_activation_checkpointing(request.param)
+    model.enable_activation_checkpointing(request.param)
     return Plain(model), image_token_id
 
 

@@ -76,7 +76,7 @@ class MLLM(nn.Module):
         return hidden if self._reads_at_targets else hidden[batch.target_positions]
 
     def enable_activation_checkpointing(self, granularity: str) -> None:
-        """Compute again in backward: "selective", what is cheap; "full", whole blocks.
+        """Compute again in backward: "none"; "selective", what is cheap; "full", whole blocks. Called once.
 
         Never reentrant: that starves an encoder whose pixels carry no gradient.
         """
@@ -84,9 +84,9 @@ class MLLM(nn.Module):
             recompute_cheap_modules(self.vision_tower)
             recompute_cheap_modules(self.projector)
             self._recomputing = recomputing
-            return
-        self.vision_tower.enable_activation_checkpointing()
-        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif granularity == "full":
+            self.vision_tower.enable_activation_checkpointing()
+            self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -62,8 +62,7 @@ def build(
         loading=lambda: sharded_loading(settings),
         gather=gathered,
     ).train()
-    if recompute != "none":
-        model.enable_activation_checkpointing(recompute)
+    model.enable_activation_checkpointing(recompute)
     return Engine(model, settings, optim, lambda step, floor: 1.0, world()), processor.image_token_id
 
 
