@@ -24,6 +24,7 @@ from pivot.batch import PackedBatch
 from pivot.config import COMPONENTS, REPOSITORY, Config
 from pivot.config_load import load_config
 from pivot.inputs import open_inputs
+from pivot.leave import leave
 from pivot.metrics import Timer
 from pivot.models.mllm import MLLM
 from pivot.run import RunFolder
@@ -137,6 +138,7 @@ def main() -> None:
     }
     Path(task["out"]).write_text(json.dumps(result))
     distributed.stop()
+    leave(0)
 
 
 if __name__ == "__main__":

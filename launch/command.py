@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pivot.config import Config
@@ -89,18 +88,6 @@ def report(error: Exception) -> int:
     traceback.print_exception(error)
     sys.stderr.flush()
     return FAILED
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with `code` and without the interpreter's own end.
-
-    A thread of gloo's or autograd's that asks for the interpreter's lock during that end aborts the process ("terminate
-    called without an active exception": seen in one end of some fifty), and a finished run would count as failed.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _raised_by_pivot(error: Exception) -> bool:

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import OK, report
+from command import OK, report  # first: it makes pivot importable
+
+from pivot.leave import leave
 
 if TYPE_CHECKING:
     from pivot.evaluate.evaluator import Evaluation
@@ -174,4 +176,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -2,7 +2,9 @@
 
 import sys
 
-from command import leave, main
+from command import main  # first: it makes pivot importable
+
+from pivot.leave import leave
 
 if __name__ == "__main__":
     leave(main("dpo", sys.argv[1:]))

@@ -253,9 +253,9 @@ def test_a_shared_image_is_encoded_once(tmp_path: Path) -> None:
 
 def test_the_matrix_rate_is_that_of_a_machine() -> None:
     """Positive, and no more than ten times what it takes to multiply ourselves; quick enough for a start."""
-    started = time.perf_counter()
+    threads, started = torch.get_num_threads(), time.process_time()
     rate = measure_matmul_tflops(torch.device("cpu"), torch.float32)
-    assert time.perf_counter() - started < 5.0
+    assert time.process_time() - started < 5.0 * threads
     left = torch.randn(1024, 1024)
     before = time.perf_counter()
     left @ left

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from pivot import distributed
+from pivot.leave import leave
 from tests.ranks import COLLECTIVE_TIMEOUT_S
 
 if __name__ == "__main__":
@@ -12,3 +13,4 @@ if __name__ == "__main__":
     distributed.start(COLLECTIVE_TIMEOUT_S)
     getattr(importlib.import_module(module), function)(Path(sys.argv[2]))
     distributed.stop()
+    leave(0)
