@@ -59,7 +59,7 @@ def _skip_compiling() -> None:
 
     That would take a minute and a compiler, and again whenever another environment has been at the same cache.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False  # reading probes them all
 
 
 @contextlib.contextmanager
@@ -109,6 +109,7 @@ class Engine:
         _skip_compiling()
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.stage = int(self._engine.zero_optimization_stage())
+        self.sums_in_grad = self.stage == 0  # `.grad` holds the step's sum so far; ZeRO takes it away into buckets
         if self.stage == 0 and world.size == 1:
             self._engine.enable_backward_allreduce = False  # it would copy every gradient into buckets and back
         self._require_settings(config)

@@ -24,7 +24,10 @@ class _TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target], recomputing the logits chunk by chunk in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, adds_in_place: bool
+    ) -> Tensor:
+        ctx.leaf = weight if adds_in_place else None  # what is saved may come back as another tensor, without `.grad`
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         normalizer = torch.empty_like(logps)  # log sum exp, so that backward need not reduce again
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
@@ -39,14 +42,17 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad_logps,) = grads
         hidden, weight, bias, target_ids, normalizer, powers, total = ctx.saved_tensors
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         # Blocks of words, not of rows: each word's gradient is then one matrix product over all targets, written where
         # it belongs. Blocks of rows would need a second gradient of the head, in fp32, to add up in.
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
+        so_far = ctx.leaf.grad if ctx.leaf is not None and need_weight else None
+        if so_far is not None:
+            ctx.leaf.grad = None  # autograd takes the sum over as it is; with a gradient there it would add and copy
+        grad_weight = so_far if so_far is not None else torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
         for words in _chunks(weight.shape[0], hidden.shape[0]):
             # d logp / d logits = onehot(target) - softmax
@@ -64,8 +70,9 @@ class _TokenLogps(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden += grad_logits @ weight[words]
             if grad_weight is not None:
-                torch.mm(grad_logits.T, hidden, out=grad_weight[words])
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None
+                block = grad_weight[words]
+                torch.addmm(block, grad_logits.T, hidden, beta=0 if so_far is None else 1, out=block)
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
 def keeps_logits(num_targets: int, vocabulary: int) -> bool:
@@ -79,9 +86,15 @@ def _chunks(length: int, across: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor) -> Tensor:
-    """float32[N] log-probs of `target_ids` int64[N] from hidden [N, D], weight [V, D], bias [V] or None."""
-    return _TokenLogps.apply(hidden, weight, bias, target_ids)
+def token_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, *, adds_in_place: bool = False
+) -> Tensor:
+    """float32[N] log-probs of `target_ids` int64[N] from hidden [N, D], weight [V, D], bias [V] or None.
+
+    With `adds_in_place` backward adds to a `weight.grad` where it lies, so that a step's later micro-batches need no
+    second gradient of the head's size. Not for `torch.autograd.grad`, which would find the earlier sum in its result.
+    """
+    return _TokenLogps.apply(hidden, weight, bias, target_ids, adds_in_place)
 
 
 class LMHead(nn.Linear):
@@ -90,6 +103,8 @@ class LMHead(nn.Linear):
     One module call scores all chunks. Under ZeRO-3 a weight is gathered per module call, so ranks whose chunk counts
     differ would otherwise wait for each other in different collectives.
     """
+
+    adds_in_place = False  # see `token_logps`: for an engine that leaves gradients in `.grad` until the step
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> LMHead:
@@ -103,4 +118,4 @@ class LMHead(nn.Linear):
     def forward(self, input: Tensor, target_ids: Tensor | None = None) -> Tensor:
         if target_ids is None:
             return super().forward(input)
-        return token_logps(input, self.weight, self.bias, target_ids)
+        return token_logps(input, self.weight, self.bias, target_ids, adds_in_place=self.adds_in_place)

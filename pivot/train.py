@@ -131,7 +131,9 @@ class Trainer:
             warmup_ratio=optim.warmup_ratio,
             schedule=optim.schedule,
         )
-        return Engine(self.model, self.inputs.deepspeed, optim, schedule, self.world)
+        engine = Engine(self.model, self.inputs.deepspeed, optim, schedule, self.world)
+        self.model.language_model.lm_head.adds_in_place = engine.sums_in_grad
+        return engine
 
     def _score(self, batch: PackedBatch) -> Tensor:
         """float32[N] under the engine's weights as they stand, of a batch on the host."""

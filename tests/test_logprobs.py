@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
@@ -66,6 +67,43 @@ def test_head_shares_the_parameter_it_was_made_from() -> None:
     assert head.weight is linear.weight
     hidden = torch.randn(3, 4)
     assert torch.equal(head(hidden), linear(hidden))
+
+
+@pytest.mark.parametrize("saved_by_hooks", [False, True])
+@pytest.mark.parametrize("chunk_rows", [3, 100])
+def test_later_micro_batches_add_to_the_gradient_where_it_lies(
+    chunk_rows: int, saved_by_hooks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where hooks hand back what was saved: as a tensor of the same values, but without the weight's gradient."""
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk_rows * 50)
+    gradients, places = {}, set()
+    for in_place in (False, True):
+        hidden, head, targets, weights = _problem(7)
+        head.adds_in_place = in_place
+        for scale in (1.0, -0.3, 2.0):
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+            with hooks if saved_by_hooks else contextlib.nullcontext():
+                logps = head(hidden * scale, targets)
+            (logps * weights).sum().backward()
+            if in_place:
+                places.add(head.weight.grad.data_ptr())
+        gradients[in_place] = head.weight.grad, hidden.grad
+    assert len(places) == 1
+    for found, expected in zip(gradients[True], gradients[False], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_tied_head_adds_in_place_too() -> None:
+    """The embedding's gradient comes behind the head's, in the same backward."""
+    gradients = []
+    for in_place in (False, True):
+        hidden, head, targets, weights = _problem(7)
+        head.adds_in_place = in_place
+        for _ in range(2):
+            embedded = F.embedding(targets.flip(0), head.weight)
+            (head(hidden + embedded, targets) * weights).sum().backward()
+        gradients.append(head.weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-6)
 
 
 _PEAK = """
