@@ -43,6 +43,7 @@ SAVINGS = {
     "completions_only": "the head on every position",
     "reference_cache": "the reference model at every step",
     "image_trees": "pairs of one image in trees of their own",
+    "products": "torch's own matrix products, as TRL takes them",
 }
 PACKAGES = ("torch", "transformers", "deepspeed", "trl", "flash-attn")
 
@@ -158,8 +159,8 @@ class Bench:
                 rates[side].append(last[side]["pairs_per_s"])
                 cpu_rates[side].append(last[side]["pairs_per_cpu_s"])
                 print(f"round {number + 1}  {side}: {rates[side][-1]:.2f} pairs/s", flush=True)
-        for name in self._savings():
-            changes = {"image_trees": False} if name == "image_trees" else {"without": [name]}
+        for name in self._savings(last["pivot"]):
+            changes: dict[str, Any] = {"image_trees": False} if name == "image_trees" else {"without": [name]}
             label = f"pivot without {name}"
             last[label] = self.pivot(**(ours | changes))
             rates[label] = [last[label]["pairs_per_s"]] if "pairs_per_s" in last[label] else []
@@ -168,7 +169,7 @@ class Bench:
         found["pairs_per_s"] = {name: statistics.median(values) for name, values in rates.items() if values}
         found["peak_memory_gib"] = {name: run["peak_memory_gib"] for name, run in last.items() if "failed" not in run}
         found["losses"] = {name: run["losses"][:LOSS_STEPS] for name, run in last.items() if "failed" not in run}
-        found["attention"] = last["pivot"]["attention"]
+        found |= {name: last["pivot"][name] for name in ("attention", "products")}
         # The first run also scored all pairs under the reference; the others found that done.
         scored = self.pairs * self.steps
         found["reference_s_per_pair"] = (first["start_s"] - last["pivot"]["start_s"]) / scored
@@ -182,10 +183,11 @@ class Bench:
                 found[f"max_{name}_difference"] = max(abs(a - b) for a, b in both)
         return found
 
-    def _savings(self) -> list[str]:
+    def _savings(self, ours: dict[str, Any]) -> list[str]:
         if self.options.only_ratio:
             return []
-        return [name for name in SAVINGS if name != "image_trees" or self.options.pairs_per_image > 1]
+        there = {"image_trees": self.options.pairs_per_image > 1, "products": ours["products"] != "torch"}
+        return [name for name in SAVINGS if there.get(name, True)]
 
 
 def _last_words(text: str) -> str:

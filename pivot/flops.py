@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pivot.batch import DUMMY_SAMPLE, PackedBatch, Segments
 from pivot.data.units import Costs
 from pivot.logprobs import keeps_logits
 from pivot.models.decoder import query_matrix, reads_at_targets, target_matrices
 from pivot.models.skeleton import Skeleton
+from pivot.products import times
 
 MEASURE_S = {"cpu": 0.15, "cuda": 0.3}
 MEASURE_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to run at full rate, small enough to repeat in that time
@@ -178,18 +180,19 @@ def describe_flops(flops: float) -> str:
     return f"{flops / 1e6:.3g} MFLOP"
 
 
-def measure_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, products: str = "torch") -> float:
     """TFLOP/s of a large matrix product here and now, in the run's precision: what MFU is measured against.
 
     The best of several, in about a quarter of a second; all ranks at once, since they share a machine when they train.
     """
     size, limit_s = MEASURE_SIZE[device.type], MEASURE_S[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    multiply = times if products == "onednn" else F.linear
     best_s, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < limit_s or best_s == float("inf"):
         before = time.perf_counter()
         for _ in range(REPEATS[device.type]):
-            left @ right
+            multiply(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best_s = min(best_s, (time.perf_counter() - before) / REPEATS[device.type])

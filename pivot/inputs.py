@@ -32,6 +32,7 @@ from pivot.models.build import Sources, settle_sources
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
+from pivot.products import choose_products
 
 Say = Callable[[str], None]
 
@@ -54,6 +55,7 @@ class Inputs:
     deepspeed: dict[str, Any]
     dtype: torch.dtype
     attention: Choice  # the back end of the prefix trees
+    products: str  # what multiplies matrices
 
     def another_plan(self, **changes: Any) -> Plan:
         """Another walk over the same pairs; `changes` are arguments of Plan."""
@@ -73,6 +75,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     processor = build_processor(sources.model, config.data)
     skeleton = build_skeleton(sources.model, len(processor.tokenizer))
     attention = _settle_attention(config.train.attention, skeleton, world.device, dtype)
+    products = choose_products(config.train.products, device=world.device, dtype=dtype)
     shards = open_data(config)
     cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))
     with distributed.shared_failure("counting tokens"):
@@ -104,6 +107,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
         deepspeed=deepspeed,
         dtype=dtype,
         attention=attention,
+        products=products,
     )
 
 

@@ -119,6 +119,7 @@ class Trainer:
             loading=lambda: sharded_loading(self.inputs.deepspeed),
             gather=gathered,
             attention=self.inputs.attention.name,
+            products=self.inputs.products,
         )
         model.enable_activation_checkpointing(self.config.train.activation_checkpointing)
         return model.train()
@@ -192,7 +193,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train what is left, then export; the status: done, or preempted when a signal came (the state is saved)."""
         total = self.inputs.total_steps
-        tflops = distributed.gather(measure_matmul_tflops(self.world.device, self.inputs.dtype))
+        tflops = distributed.gather(measure_matmul_tflops(self.world.device, self.inputs.dtype, self.inputs.products))
         facts = start_facts(self.inputs, self.world) | self.engine.facts()
         self.log.event("start", step=self.step, matmul_tflops=sum(tflops) / len(tflops), **facts)
         self.stop = StopSignal()
