@@ -19,7 +19,7 @@ from pivot.data.units import Costs
 from pivot.logprobs import keeps_logits
 from pivot.models.decoder import query_matrix, reads_at_targets, target_matrices
 from pivot.models.skeleton import Skeleton
-from pivot.products import times
+from pivot.products import padded, times
 
 MEASURE_S = {"cpu": 0.15, "cuda": 0.3}
 MEASURE_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to run at full rate, small enough to repeat in that time
@@ -90,12 +90,12 @@ def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
     pays one for its input's.
     """
     forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
-    vision, projector, language = (float(name in trained) for name in ("vision_tower", "projector", "language_model"))
+    vision, projector = (float(name in trained) for name in ("vision_tower", "projector"))
     reached = max(vision, projector)  # a gradient runs back into the embeddings of the row
-    through = max(reached, language)
+    through = float(bool(trained))
     encoder = (1 + vision) * forward.patches + (1 + 2 * vision) * forward.encoder
     image_token = (1 + vision + projector) * forward.projector_in + (1 + reached + projector) * forward.projector_rest
-    products = 1 + through + language
+    products = _products(trained)
     return Costs(
         per_token=products * forward.blocks,
         per_image_token=encoder / tokens_per_image + image_token,
@@ -104,6 +104,11 @@ def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
         per_attention=(1 + 2 * through) * forward.attention,
         per_read_attention=(1 + 2 * through) * forward.read_attention,
     )
+
+
+def _products(trained: Sequence[str]) -> float:
+    """Of the language model: forward, its input's gradient where anything trains, its weights' where it does itself."""
+    return 1.0 + bool(trained) + ("language_model" in trained)
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,10 @@ class Counter:
     costs: Costs
     recomputed: Costs
     logits: float  # a target: computed again in backward, unless they were few enough to be kept
+    head: float  # a target, forward and backward
     vocabulary: int
     tokens_per_image: int
+    pads: bool  # rows and targets run at lengths of `pivot.products.padded`
 
     def useful(self, batch: PackedBatch) -> float:
         """Forward and backward of what the row holds, once; nothing for a dummy."""
@@ -126,10 +133,15 @@ class Counter:
         return self._count(self.costs, batch, batch.pixel_values.shape[0] if len(batch.image_positions) else 0)
 
     def hardware(self, batch: PackedBatch) -> float:
-        """All that is run for a micro-batch: dummies, and what is computed again."""
+        """All that is run for a micro-batch: dummies, padding, and what is computed again."""
         targets, images = batch.target_ids.shape[0], batch.pixel_values.shape[0]
-        logits = 0.0 if keeps_logits(targets, self.vocabulary) else self.logits * targets
-        return logits + sum(self._count(costs, batch, images) for costs in (self.costs, self.recomputed))
+        found = sum(self._count(costs, batch, images) for costs in (self.costs, self.recomputed))
+        if self.pads:
+            tokens = padded(batch.num_tokens) - batch.num_tokens
+            found += tokens * (self.costs.per_token + self.recomputed.per_token)
+            found += (padded(targets) - targets) * self.head
+            targets = padded(targets)
+        return found if keeps_logits(targets, self.vocabulary) else found + self.logits * targets
 
     def _count(self, costs: Costs, batch: PackedBatch, images: int) -> float:
         return (
@@ -152,24 +164,36 @@ def attended(segments: Segments) -> float:
     return own + prefix
 
 
-def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool) -> Counter:
+def build_counter(
+    skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool, products: str = "torch"
+) -> Counter:
     """What is computed twice: the head's logits where they are many, with `activation_checkpointing` the blocks.
 
-    A block is recomputed up to its last product, whose output backward does not need.
+    A block is recomputed up to its last product, whose output backward does not need; oneDNN's is over before torch
+    knows that it has what it needs.
     """
+    spared = float(products == "torch")
     forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
     blocks = float(activation_checkpointing)
     vision = blocks * float("vision_tower" in trained)
     recomputed = Costs(
-        per_token=blocks * (forward.blocks - forward.blocks_last),
-        per_image_token=vision * (forward.encoder - forward.encoder_last) / tokens_per_image,
+        per_token=blocks * (forward.blocks - spared * forward.blocks_last),
+        per_image_token=vision * (forward.encoder - spared * forward.encoder_last) / tokens_per_image,
         per_query=blocks * forward.read_query,
-        per_target=blocks * (forward.read_target - forward.read_target_last),
+        per_target=blocks * (forward.read_target - spared * forward.read_target_last),
         per_attention=blocks * forward.attention,
         per_read_attention=blocks * forward.read_attention,
     )
     vocabulary = int(skeleton.language_model.lm_head.weight.shape[0])
-    return Counter(training_costs(skeleton, trained), recomputed, forward.head, vocabulary, tokens_per_image)
+    return Counter(
+        training_costs(skeleton, trained),
+        recomputed,
+        logits=forward.head,
+        head=_products(trained) * forward.head,
+        vocabulary=vocabulary,
+        tokens_per_image=tokens_per_image,
+        pads=products == "onednn" and reads_at_targets(skeleton.text_config),
+    )
 
 
 def describe_flops(flops: float) -> str:

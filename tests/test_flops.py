@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.random_model import write_model
-from pivot import logprobs
+from pivot import logprobs, products
 from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
 from pivot.config import COMPONENTS, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pivot.data.lengths import LENGTH_RECORD, Lengths
@@ -25,6 +25,7 @@ from pivot.models.projector import Projector
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.models.vision import build_vision_tower
 from tests.ranks.scenarios import merge
+from tests.test_products import needs_onednn
 from tests.tiny import tiny_open_clip, write_text_json, write_vision_json
 from tests.trees import build_batch, random_segments
 
@@ -138,9 +139,16 @@ class Rectangles(NamedTuple):
     torchs: float
 
 
+def _linear_flops(left: torch.Size, right: torch.Size, *args: object, **kwargs: object) -> int:
+    return 2 * left.numel() * right[0]
+
+
+COUNTED_TOO = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if products._compare_with_torch() is None else {}
+
+
 def counted_by_torch(model: MLLM, batch: PackedBatch) -> tuple[float, float]:
     """FLOPs of a forward and backward: (of matrix products and convolutions, of fused attention as rectangles)."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED_TOO) as counter:
         model(batch).sum().backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     attention = sum(flops for op, flops in counts.items() if "attention" in op)
@@ -171,13 +179,16 @@ def our_attention(skeleton: Skeleton, batch: PackedBatch, trained: tuple[str, ..
     )
 
 
+@pytest.mark.parametrize("by", ["torch", pytest.param("onednn", marks=needs_onednn)])
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("trained", [COMPONENTS, ("projector",), ("language_model",), ("vision_tower", "projector")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_torchs_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, trained: tuple[str, ...], recompute: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, trained: tuple[str, ...], recompute: bool, by: str
 ) -> None:
     """Forward and backward of the real model, product by product; seen equal to the last digit.
+
+    oneDNN's are those of padded rows and targets.
 
     With `recompute` the head keeps no logits either, as with a large vocabulary.
     """
@@ -186,10 +197,12 @@ def test_equals_torchs_count(
     config = model_of(tmp_path, **SHAPES[shape])
     skeleton = build_skeleton(config, NUM_TOKENS)
     batch = pairs_with_images(skeleton, 3)
-    products, fused = counted_by_torch(build(config, trained, recompute=recompute), batch)
-    found = build_counter(skeleton, trained, activation_checkpointing=recompute).hardware(batch)
+    model = build(config, trained, recompute=recompute)
+    model.use_products(by)
+    multiplied, fused = counted_by_torch(model, batch)
+    found = build_counter(skeleton, trained, activation_checkpointing=recompute, products=by).hardware(batch)
     attention = our_attention(skeleton, batch, trained, recompute=recompute)
-    assert found - attention.ours == pytest.approx(products, rel=1e-9)
+    assert found - attention.ours == pytest.approx(multiplied, rel=1e-9)
     assert attention.torchs == pytest.approx(fused, rel=1e-9)
 
 
