@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NAMES = ("torch", "onednn")
-LENGTHS_PER_OCTAVE = 8  # that oneDNN meets between N and 2 N tokens, N a power of two: some 5 % of padding
+LENGTHS_PER_OCTAVE = 4  # that oneDNN meets between N and 2 N tokens, N a power of two: some 9 % of padding
 SMALLEST_MULTIPLE = 16  # of the padded lengths: a vector of AVX-512
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pivot import products
+from pivot import distributed, inputs, products
 from pivot.products import LENGTHS_PER_OCTAVE, Linear, LinearOfRows, choose_products, linear, padded, use_products
 
 CPU = torch.device("cpu")
@@ -90,6 +90,18 @@ def test_chosen_by_the_machine_and_the_precision(monkeypatch: pytest.MonkeyPatch
         assert choose_products("onednn", device=CPU, dtype=torch.float32) == "onednn"
         assert choose_products("auto", device=CPU, dtype=torch.bfloat16) == "torch"
         assert choose_products("auto", device=torch.device("cuda"), dtype=torch.float32) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [(["onednn"] * 2, "onednn"), (["onednn", "torch"], "torch"), (["torch"], "torch")]
+)
+def test_ranks_on_processors_of_two_kinds_take_what_both_have(
+    ranks: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_mkl_stays_below_the_processor", lambda: ranks[0] == "onednn")
+    monkeypatch.setattr(products, "_compare_with_torch", lambda: None)
+    monkeypatch.setattr(distributed, "gather", lambda mine: ranks if mine is not None else [None] * len(ranks))
+    assert inputs._settle_products("auto", CPU, torch.float32) == expected
 
 
 def test_what_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
