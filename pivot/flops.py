@@ -95,19 +95,19 @@ def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
     through = float(bool(trained))
     encoder = (1 + vision) * forward.patches + (1 + 2 * vision) * forward.encoder
     image_token = (1 + vision + projector) * forward.projector_in + (1 + reached + projector) * forward.projector_rest
-    products = _products(trained)
+    num_products = _num_products(trained)
     return Costs(
-        per_token=products * forward.blocks,
+        per_token=num_products * forward.blocks,
         per_image_token=encoder / tokens_per_image + image_token,
-        per_query=products * forward.read_query,
-        per_target=products * (forward.read_target + forward.head),
+        per_query=num_products * forward.read_query,
+        per_target=num_products * (forward.read_target + forward.head),
         per_attention=(1 + 2 * through) * forward.attention,
         per_read_attention=(1 + 2 * through) * forward.read_attention,
     )
 
 
-def _products(trained: Sequence[str]) -> float:
-    """Of the language model: forward, its input's gradient where anything trains, its weights' where it does itself."""
+def _num_products(trained: Sequence[str]) -> float:
+    """Of a matrix of the language model: forward, its input's gradient if anything trains, its own if it trains."""
     return 1.0 + bool(trained) + ("language_model" in trained)
 
 
@@ -189,7 +189,7 @@ def build_counter(
         training_costs(skeleton, trained),
         recomputed,
         logits=forward.head,
-        head=_products(trained) * forward.head,
+        head=_num_products(trained) * forward.head,
         vocabulary=vocabulary,
         tokens_per_image=tokens_per_image,
         pads=products == "onednn" and reads_at_targets(skeleton.text_config),

@@ -189,7 +189,6 @@ def test_equals_torchs_count(
     """Forward and backward of the real model, product by product; seen equal to the last digit.
 
     oneDNN's are those of padded rows and targets.
-
     With `recompute` the head keeps no logits either, as with a large vocabulary.
     """
     if recompute:
