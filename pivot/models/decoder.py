@@ -96,19 +96,17 @@ def _attention(attention_class: Any) -> type[nn.Module]:
     def forward(
         self: Any,
         hidden_states: Tensor,
+        *args: Any,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        *,
         segments: Segments | None = None,
         asked: Reading | None = None,
         num_tokens: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:  # no trees: an answer is generated, with a cache
-            return attention_class.forward(
-                self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
+            kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            return attention_class.forward(self, hidden_states, *args, **kwargs)
         cos, sin = (angles[:, None, :num_tokens].chunk(2, dim=-1)[0] for angles in position_embeddings)  # [1,1,T,D/2]
         key = rotate(_heads(self, "k", hidden_states, num_tokens), cos, sin)
         value = _heads(self, "v", hidden_states, num_tokens)
