@@ -43,7 +43,6 @@ SAVINGS = {
     "completions_only": "the head on every position",
     "reference_cache": "the reference model at every step",
     "image_trees": "pairs of one image in trees of their own",
-    "products": "torch's own matrix products, as TRL takes them",
 }
 PACKAGES = ("torch", "transformers", "deepspeed", "trl", "flash-attn")
 
@@ -159,7 +158,7 @@ class Bench:
                 rates[side].append(last[side]["pairs_per_s"])
                 cpu_rates[side].append(last[side]["pairs_per_cpu_s"])
                 print(f"round {number + 1}  {side}: {rates[side][-1]:.2f} pairs/s", flush=True)
-        for name in self._savings(last["pivot"]):
+        for name in self._savings():
             changes: dict[str, Any] = {"image_trees": False} if name == "image_trees" else {"without": [name]}
             label = f"pivot without {name}"
             last[label] = self.pivot(**(ours | changes))
@@ -169,7 +168,7 @@ class Bench:
         found["pairs_per_s"] = {name: statistics.median(values) for name, values in rates.items() if values}
         found["peak_memory_gib"] = {name: run["peak_memory_gib"] for name, run in last.items() if "failed" not in run}
         found["losses"] = {name: run["losses"][:LOSS_STEPS] for name, run in last.items() if "failed" not in run}
-        found |= {name: last["pivot"][name] for name in ("attention", "products")}
+        found["attention"] = last["pivot"]["attention"]
         # The first run also scored all pairs under the reference; the others found that done.
         scored = self.pairs * self.steps
         found["reference_s_per_pair"] = (first["start_s"] - last["pivot"]["start_s"]) / scored
@@ -183,10 +182,10 @@ class Bench:
                 found[f"max_{name}_difference"] = max(abs(a - b) for a, b in both)
         return found
 
-    def _savings(self, ours: dict[str, Any]) -> list[str]:
+    def _savings(self) -> list[str]:
         if self.options.only_ratio:
             return []
-        there = {"image_trees": self.options.pairs_per_image > 1, "products": ours["products"] != "torch"}
+        there = {"image_trees": self.options.pairs_per_image > 1}
         return [name for name in SAVINGS if there.get(name, True)]
 
 

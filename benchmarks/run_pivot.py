@@ -57,7 +57,6 @@ def settings(task: dict[str, Any], output: Path) -> Config:
             "precision": task["dtype"],
             "activation_checkpointing": task["checkpointing"],
             "attention": task["attention"],
-            "products": "torch" if "products" in task["without"] else "auto",
         },
         "log": {"every_steps": task["steps"]},
     }
@@ -135,7 +134,6 @@ def main() -> None:
         "peak_memory_gib": memory.peak_gib(),
         "start_s": built_s,
         "attention": trainer.model.attention,
-        "products": inputs.products,
         "flops_per_step": inputs.plan.step(0).cost,
     }
     Path(task["out"]).write_text(json.dumps(result))

@@ -12,8 +12,7 @@ def show(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [
         f"{found['shape']['name']} shape, {found['pairs_per_step']} pairs a step, {found['pairs_per_image']} pairs an "
-        f"image, {found['dtype']}, {found['machine']}; {versions}; attention {found['attention']}, "
-        f"products {found['products']}; "
+        f"image, {found['dtype']}, {found['machine']}; {versions}; attention {found['attention']}; "
         f"{found['tflops_per_pair']:.3g} useful TFLOP a pair; the reference is scored once, "
         f"{1e3 * found['reference_s_per_pair']:.0f} ms a pair",
         "",

@@ -140,7 +140,6 @@ class TrainConfig:
     activation_checkpointing: str = "none"  # | selective: norms, activations, gathered keys are computed again in
     # backward, about half of what a block keeps for a few percent of time | full: blocks are, a third more time
     attention: str = "auto"  # auto | torch_varlen | flash_attn | sdpa: the back end of the prefix trees' attention
-    products: str = "auto"  # auto | torch | onednn: fp32 matrix products on a CPU; auto: onednn where MKL is slow (AMD)
     timeout_s: float = 600.0  # a collective that waits longer ends the run
 
 

@@ -17,7 +17,6 @@ def start_facts(inputs: Inputs, world: World) -> dict[str, Any]:
     return {
         "world_size": world.size,
         "attention": str(inputs.attention),
-        "products": inputs.products,
         "dtype": str(inputs.dtype),
         "device": str(world.device),
         "total_steps": inputs.total_steps,

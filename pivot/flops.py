@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pivot.batch import DUMMY_SAMPLE, PackedBatch, Segments
 from pivot.data.units import Costs
 from pivot.logprobs import keeps_logits
 from pivot.models.decoder import query_matrix, reads_at_targets, target_matrices
 from pivot.models.skeleton import Skeleton
-from pivot.products import padded, times
 
 MEASURE_S = {"cpu": 0.15, "cuda": 0.3}
 MEASURE_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to run at full rate, small enough to repeat in that time
@@ -121,10 +119,8 @@ class Counter:
     costs: Costs
     recomputed: Costs
     logits: float  # a target: computed again in backward, unless they were few enough to be kept
-    head: float  # a target, forward and backward
     vocabulary: int
     tokens_per_image: int
-    pads: bool  # rows and targets run at lengths of `pivot.products.padded`
 
     def useful(self, batch: PackedBatch) -> float:
         """Forward and backward of what the row holds, once; nothing for a dummy."""
@@ -133,14 +129,9 @@ class Counter:
         return self._count(self.costs, batch, batch.pixel_values.shape[0] if len(batch.image_positions) else 0)
 
     def hardware(self, batch: PackedBatch) -> float:
-        """All that is run for a micro-batch: dummies, padding, and what is computed again."""
+        """All that is run for a micro-batch: dummies, and what is computed again."""
         targets, images = batch.target_ids.shape[0], batch.pixel_values.shape[0]
         found = sum(self._count(costs, batch, images) for costs in (self.costs, self.recomputed))
-        if self.pads:
-            tokens = padded(batch.num_tokens) - batch.num_tokens
-            found += tokens * (self.costs.per_token + self.recomputed.per_token)
-            found += (padded(targets) - targets) * self.head
-            targets = padded(targets)
         return found if keeps_logits(targets, self.vocabulary) else found + self.logits * targets
 
     def _count(self, costs: Costs, batch: PackedBatch, images: int) -> float:
@@ -164,23 +155,19 @@ def attended(segments: Segments) -> float:
     return own + prefix
 
 
-def build_counter(
-    skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool, products: str = "torch"
-) -> Counter:
+def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool) -> Counter:
     """What is computed twice: the head's logits where they are many, with `activation_checkpointing` the blocks.
 
-    A block is recomputed up to its last product, whose output backward does not need; oneDNN's is over before torch
-    knows that it has what it needs.
+    A block is recomputed up to its last product, whose output backward does not need.
     """
-    spared = float(products == "torch")
     forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
     blocks = float(activation_checkpointing)
     vision = blocks * float("vision_tower" in trained)
     recomputed = Costs(
-        per_token=blocks * (forward.blocks - spared * forward.blocks_last),
-        per_image_token=vision * (forward.encoder - spared * forward.encoder_last) / tokens_per_image,
+        per_token=blocks * (forward.blocks - forward.blocks_last),
+        per_image_token=vision * (forward.encoder - forward.encoder_last) / tokens_per_image,
         per_query=blocks * forward.read_query,
-        per_target=blocks * (forward.read_target - spared * forward.read_target_last),
+        per_target=blocks * (forward.read_target - forward.read_target_last),
         per_attention=blocks * forward.attention,
         per_read_attention=blocks * forward.read_attention,
     )
@@ -189,10 +176,8 @@ def build_counter(
         training_costs(skeleton, trained),
         recomputed,
         logits=forward.head,
-        head=_num_products(trained) * forward.head,
         vocabulary=vocabulary,
         tokens_per_image=tokens_per_image,
-        pads=products == "onednn" and reads_at_targets(skeleton.text_config),
     )
 
 
@@ -204,19 +189,18 @@ def describe_flops(flops: float) -> str:
     return f"{flops / 1e6:.3g} MFLOP"
 
 
-def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, products: str = "torch") -> float:
+def measure_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large matrix product here and now, in the run's precision: what MFU is measured against.
 
     The best of several, in about a quarter of a second; all ranks at once, since they share a machine when they train.
     """
     size, limit_s = MEASURE_SIZE[device.type], MEASURE_S[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    multiply = times if products == "onednn" else F.linear
     best_s, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < limit_s or best_s == float("inf"):
         before = time.perf_counter()
         for _ in range(REPEATS[device.type]):
-            multiply(left, right)
+            left @ right
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best_s = min(best_s, (time.perf_counter() - before) / REPEATS[device.type])

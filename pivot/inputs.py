@@ -32,7 +32,6 @@ from pivot.models.build import Sources, settle_sources
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
-from pivot.products import choose_products
 
 Say = Callable[[str], None]
 
@@ -55,7 +54,6 @@ class Inputs:
     deepspeed: dict[str, Any]
     dtype: torch.dtype
     attention: Choice  # the back end of the prefix trees
-    products: str  # what multiplies matrices
 
     def another_plan(self, **changes: Any) -> Plan:
         """Another walk over the same pairs; `changes` are arguments of Plan."""
@@ -75,7 +73,6 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     processor = build_processor(sources.model, config.data)
     skeleton = build_skeleton(sources.model, len(processor.tokenizer))
     attention = _settle_attention(config.train.attention, skeleton, world.device, dtype)
-    products = _settle_products(config.train.products, world.device, dtype)
     shards = open_data(config)
     cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))
     with distributed.shared_failure("counting tokens"):
@@ -107,7 +104,6 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
         deepspeed=deepspeed,
         dtype=dtype,
         attention=attention,
-        products=products,
     )
 
 
@@ -134,13 +130,6 @@ def _settle_dtype(precision: str, world: World) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if world.device.type == "cuda" else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
-def _settle_products(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The same on all ranks, be their processors of several kinds: their graphs must be equal. Collective."""
-    with distributed.shared_failure("train.products"):
-        mine = choose_products(wanted, device=device, dtype=dtype)
-    return "onednn" if set(distributed.gather(mine)) == {"onednn"} else "torch"
 
 
 def _settle_attention(wanted: str, skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Choice:

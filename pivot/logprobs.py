@@ -5,14 +5,11 @@ Letters: N targets, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from pivot.products import padded, times
 
 # One chunk's logits in fp32 take 4 bytes each: 2**25 is 128 MiB, and 220 rows of a 152k vocabulary are still a matrix
 # product that fills a GPU. Peak memory of the head is a few such chunks, whatever the length and the vocabulary.
@@ -21,8 +18,6 @@ CHUNK_LOGITS = 2**25
 
 # Exponentials of logits that are no more than this are kept for backward, not computed twice: 16 MiB at the most.
 KEPT_LOGITS = 2**22
-
-Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # F.linear's contract
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -36,14 +31,12 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         target_ids: Tensor,
         adds_in_place: bool,
-        multiply: Multiply,
     ) -> Tensor:
-        ctx.multiply = multiply
         ctx.leaf = weight if adds_in_place else None  # what is saved may come back as another tensor, without `.grad`
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         normalizer = torch.empty_like(logps)  # log sum exp, so that backward need not reduce again
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = multiply(hidden[rows], weight, bias).float()  # [chunk, V]
+            logits = F.linear(hidden[rows], weight, bias).float()  # [chunk, V]
             chosen, highest = logits.gather(1, target_ids[rows, None]), logits.amax(1, keepdim=True)
             powers = logits.sub_(highest).exp_()  # in place: one chunk is held, and each exponential taken once
             total = powers.sum(1, keepdim=True)
@@ -54,7 +47,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad_logps,) = grads
         hidden, weight, bias, target_ids, normalizer, powers, total = ctx.saved_tensors
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -70,7 +63,7 @@ class _TokenLogps(torch.autograd.Function):
             # d logp / d logits = onehot(target) - softmax
             if powers is None:
                 some_bias = None if bias is None else bias[words]
-                logits = ctx.multiply(hidden, weight[words], some_bias).float()  # [N, words]
+                logits = F.linear(hidden, weight[words], some_bias).float()  # [N, words]
                 grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-grad_logps[:, None])
             else:
                 grad_logits = powers.mul_(-grad_logps[:, None] / total)  # in place: a second backward is an error
@@ -81,11 +74,11 @@ class _TokenLogps(torch.autograd.Function):
                 grad_bias[words] = grad_logits.sum(0)
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden += ctx.multiply(grad_logits, weight[words].T, None)
+                grad_hidden += grad_logits @ weight[words]
             if grad_weight is not None:
                 block = grad_weight[words]
                 torch.addmm(block, grad_logits.T, hidden, beta=0 if so_far is None else 1, out=block)
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
 def keeps_logits(num_targets: int, vocabulary: int) -> bool:
@@ -106,14 +99,13 @@ def token_logps(
     target_ids: Tensor,
     *,
     adds_in_place: bool = False,
-    multiply: Multiply = F.linear,
 ) -> Tensor:
     """float32[N] log-probs of `target_ids` int64[N] from hidden [N, D], weight [V, D], bias [V] or None.
 
     With `adds_in_place` backward adds to a `weight.grad` where it lies, so that a step's later micro-batches need no
     second gradient of the head's size. Not for `torch.autograd.grad`, which would find the earlier sum in its result.
     """
-    return _TokenLogps.apply(hidden, weight, bias, target_ids, adds_in_place, multiply)
+    return _TokenLogps.apply(hidden, weight, bias, target_ids, adds_in_place)
 
 
 class LMHead(nn.Linear):
@@ -124,7 +116,6 @@ class LMHead(nn.Linear):
     """
 
     adds_in_place = False  # see `token_logps`: for an engine that leaves gradients in `.grad` until the step
-    products = "torch"  # see `pivot.products`
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> LMHead:
@@ -138,10 +129,4 @@ class LMHead(nn.Linear):
     def forward(self, input: Tensor, target_ids: Tensor | None = None) -> Tensor:
         if target_ids is None:
             return super().forward(input)
-        num_targets, in_place = target_ids.shape[0], self.adds_in_place
-        if self.products == "torch":
-            return token_logps(input, self.weight, self.bias, target_ids, adds_in_place=in_place)
-        padding = padded(num_targets) - num_targets
-        input, target_ids = F.pad(input, (0, 0, 0, padding)), F.pad(target_ids, (0, padding))
-        logps = token_logps(input, self.weight, self.bias, target_ids, adds_in_place=in_place, multiply=times)
-        return logps[:num_targets]
+        return token_logps(input, self.weight, self.bias, target_ids, adds_in_place=self.adds_in_place)

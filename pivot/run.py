@@ -36,7 +36,6 @@ _FREE_ON_RESUME = (
     "train.max_tokens_per_micro_batch",
     "train.activation_checkpointing",
     "train.attention",
-    "train.products",
     "train.timeout_s",
 )
 

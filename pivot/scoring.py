@@ -74,7 +74,7 @@ def settle_fingerprint(config: Config, inputs: Inputs) -> str:
     return reference_fingerprint(
         weights=weights_fingerprint(inputs.reference, seed=config.train.seed),
         processor=inputs.processor.fingerprint,
-        facts={"dtype": str(inputs.dtype), "attention": inputs.attention.name, "products": inputs.products},
+        facts={"dtype": str(inputs.dtype), "attention": inputs.attention.name},
     )
 
 
@@ -102,7 +102,6 @@ def _build_scorer(config: Config, inputs: Inputs, world: World) -> Score:
         loading=contextlib.nullcontext,
         gather=lambda _: contextlib.nullcontext(),
         attention=inputs.attention.name,
-        products=inputs.products,
     ).to(world.device)
     return lambda batch: model(batch.to(world.device))
 

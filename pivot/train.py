@@ -105,7 +105,7 @@ class Trainer:
         self.reference, self.held_out_reference = references.train, references.held_out
         again = config.train.activation_checkpointing == "full"  # what selective computes again is no matrix product
         self.counter = build_counter(
-            inputs.skeleton, config.optim.trained(), activation_checkpointing=again, products=inputs.products
+            inputs.skeleton, config.optim.trained(), activation_checkpointing=again
         )
         self.step, self.masked = self._restore()
         self.stop: StopSignal | None = None
@@ -121,7 +121,6 @@ class Trainer:
             loading=lambda: sharded_loading(self.inputs.deepspeed),
             gather=gathered,
             attention=self.inputs.attention.name,
-            products=self.inputs.products,
         )
         model.enable_activation_checkpointing(self.config.train.activation_checkpointing)
         return model.train()
@@ -195,7 +194,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train what is left, then export; the status: done, or preempted when a signal came (the state is saved)."""
         total = self.inputs.total_steps
-        tflops = distributed.gather(measure_matmul_tflops(self.world.device, self.inputs.dtype, self.inputs.products))
+        tflops = distributed.gather(measure_matmul_tflops(self.world.device, self.inputs.dtype))
         facts = start_facts(self.inputs, self.world) | self.engine.facts()
         self.log.event("start", step=self.step, matmul_tflops=sum(tflops) / len(tflops), **facts)
         self.stop = StopSignal()

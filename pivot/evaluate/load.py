@@ -16,7 +16,6 @@ from pivot.geometry import read_config
 from pivot.models.build import build_mllm, settle_sources
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor, build_processor
-from pivot.products import choose_products
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ def load_export(folder: Path, device: torch.device) -> Loaded:
         dtype=dtype or torch.float32,
         loading=nullcontext,
         gather=lambda _: nullcontext(),
-        products=choose_products("auto", device=device, dtype=dtype or torch.float32),
     )
     return Loaded(model.to(device), processor)
 

@@ -107,12 +107,11 @@ def build_mllm(
     loading: Callable[[], AbstractContextManager],
     gather: Callable[[list[nn.Parameter]], AbstractContextManager],
     attention: str = "sdpa",
-    products: str = "torch",
 ) -> MLLM:
     """The model, on the CPU, parts without weights drawn from `seed` (the same on every rank).
 
     `loading` wraps what reads weights (ZeRO-3 partitions them there); `gather` gives whole values of such. `attention`
-    names the back end of the prefix trees, `products` what multiplies matrices.
+    names the back end of the prefix trees.
     """
     model, taken = sources.model, sources.taken
     torch.manual_seed(seed)
@@ -136,7 +135,6 @@ def build_mllm(
             load_projector(sources.init_from, parts["projector"], dtype)
     mllm = MLLM(parts["vision_tower"], parts["projector"], parts["language_model"])
     mllm.use_attention(attention)
-    mllm.use_products(products)
     return mllm
 
 

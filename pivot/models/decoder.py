@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,8 +32,6 @@ def reads_at_targets(config: PretrainedConfig) -> bool:
 
 def streamline(language_model: Any) -> None:
     """Let the decoder take `reading`: its last hidden states are then [1, N, W]; without, [1, T, W] as before.
-
-    And `num_tokens` of a row that is padded behind its trees: attention leaves the rest out (see `pivot.products`).
 
     The blocks stay in their places under their names, so checkpoints and sharding do not notice. They become ones of
     subclasses, since transformers recomputes activations around the forward of a class, not of an object.
@@ -101,20 +98,18 @@ def _attention(attention_class: Any) -> type[nn.Module]:
         attention_mask: Tensor | None = None,
         segments: Segments | None = None,
         asked: Reading | None = None,
-        num_tokens: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:  # no trees: an answer is generated, with a cache
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return attention_class.forward(self, hidden_states, *args, **kwargs)
-        cos, sin = (angles[:, None, :num_tokens].chunk(2, dim=-1)[0] for angles in position_embeddings)  # [1,1,T,D/2]
-        key = rotate(_heads(self, "k", hidden_states, num_tokens), cos, sin)
-        value = _heads(self, "v", hidden_states, num_tokens)
+        cos, sin = (angles[:, None].chunk(2, dim=-1)[0] for angles in position_embeddings)  # [1,1,T,D/2]
+        key = rotate(_heads(self, "k", hidden_states), cos, sin)
+        value = _heads(self, "v", hidden_states)
         if asked is not None:
             segments, hidden_states = asked.segments, hidden_states.index_select(1, asked.queries)
             cos, sin = cos.index_select(2, asked.queries), sin.index_select(2, asked.queries)
-            num_tokens = None
-        query = rotate(_heads(self, "q", hidden_states, num_tokens), cos, sin)
+        query = rotate(_heads(self, "q", hidden_states), cos, sin)
         attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
             self,
             query,
@@ -130,18 +125,13 @@ def _attention(attention_class: Any) -> type[nn.Module]:
         attended = attended.flatten(2)  # [1, T or M, H * D]
         if asked is not None:
             attended = attended.index_select(1, asked.targets)
-        elif num_tokens is not None:
-            attended = F.pad(attended, (0, 0, 0, hidden_states.shape[1] - num_tokens))
         return self.o_proj(attended), None
 
     return type(attention_class.__name__, (attention_class,), {"forward": forward})
 
 
-def _heads(attention: Any, name: str, hidden_states: Tensor, num_tokens: int | None) -> Tensor:
-    """[1, H, T, D] of [1, T, W], or of the first `num_tokens` of a padded row."""
-    states = getattr(attention, f"{name}_proj")(hidden_states)
-    if num_tokens is not None:
-        states = states[:, :num_tokens]
-    states = states.unflatten(-1, (-1, attention.head_dim))
+def _heads(attention: Any, name: str, hidden_states: Tensor) -> Tensor:
+    """Project [1, T, W] to the heads' queries, keys or values (`name` q, k or v), [1, H, T, D]."""
+    states = getattr(attention, f"{name}_proj")(hidden_states).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)  # Qwen3's, of queries and keys
     return (states if norm is None else norm(states)).transpose(1, 2)

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pivot.batch import PackedBatch
 from pivot.logprobs import LMHead
@@ -19,7 +18,6 @@ from pivot.models.decoder import reads_at_targets, streamline
 from pivot.models.projector import Projector
 from pivot.models.recompute import recompute_cheap_modules, recomputing
 from pivot.models.vision import VisionTower
-from pivot.products import padded, use_products
 
 
 class MLLM(nn.Module):
@@ -32,7 +30,6 @@ class MLLM(nn.Module):
     vision_tower: VisionTower
     projector: Projector
     attention: str  # the back end of the language model's prefix trees
-    products: str  # what multiplies matrices
     language_model: Any  # transformers' *ForCausalLM have no common type with .model and .lm_head
 
     def __init__(self, vision_tower: VisionTower, projector: Projector, language_model: Any) -> None:
@@ -46,21 +43,12 @@ class MLLM(nn.Module):
             streamline(language_model)
         self._recomputing: Callable[[], AbstractContextManager] = nullcontext
         self.use_attention("sdpa")
-        self.use_products("torch")
         disable_dropout(self)
 
     def use_attention(self, backend: str) -> None:
         """Run the trees on this back end; `choose_attention` says which are there."""
         self.attention = backend
         self.language_model.set_attn_implementation(registered_name(backend))
-
-    def use_products(self, name: str) -> None:
-        """Multiply matrices with this; `choose_products` says which are there."""
-        self.products = name
-        use_products(self.vision_tower, name, of_rows=False)
-        use_products(self.projector, name, of_rows=False)
-        use_products(self.language_model, name, of_rows=True)
-        self.language_model.lm_head.products = name
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """float32[N]: the log-probability of each target. One call of each module, whatever the batch holds.
@@ -77,20 +65,13 @@ class MLLM(nn.Module):
         embeddings = self.language_model.get_input_embeddings()(batch.token_ids)  # [T, D]
         chosen = features[batch.feature_index].to(embeddings.dtype)  # [F, D]
         embeddings = embeddings.index_copy(0, batch.image_positions, chosen)
-        positions = batch.position_ids
-        where: dict[str, Any] = {}
-        if self._reads_at_targets:
-            where["reading"] = batch.reading
-            if self.products == "onednn":  # be it by nothing: all ranks need the same graph, see `products.linear`
-                padding = padded(batch.num_tokens) - batch.num_tokens
-                embeddings, positions = F.pad(embeddings, (0, 0, 0, padding)), F.pad(positions, (0, padding))
-                where["num_tokens"] = batch.num_tokens
+        reading = {"reading": batch.reading} if self._reads_at_targets else {}
         hidden = self.language_model.model(
             inputs_embeds=embeddings[None],
-            position_ids=positions[None],
+            position_ids=batch.position_ids[None],
             segments=batch.segments,
             use_cache=False,
-            **where,
+            **reading,
         ).last_hidden_state[0]  # [N, D], or [T, D]
         return hidden if self._reads_at_targets else hidden[batch.target_positions]
 

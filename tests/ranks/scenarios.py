@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from pivot import logprobs, products
+from pivot import logprobs
 from pivot.batch import PackedBatch
 from pivot.config import REPOSITORY, ComponentOptimConfig, Config, DPOConfig, ObjectiveConfig, OptimConfig
 from pivot.config_check import read_deepspeed_json
@@ -27,7 +27,6 @@ from tests.trees import build_batch, random_segments
 RATES = {"vision_tower": 0.02, "projector": 0.05, "language_model": 0.03}
 ADAM_RATES = {"vision_tower": 2e-4, "projector": 1e-3, "language_model": 5e-4}
 IMAGE_TOKENS = 16
-BEST_PRODUCTS = "torch" if products._compare_with_torch() else "onednn"
 MAX_GRAD_NORM = 0.5  # below every norm met here, so that clipping is at work
 
 
@@ -51,7 +50,6 @@ def build(
     *,
     bf16: bool = False,
     recompute: str = "none",
-    products: str = "torch",
 ) -> tuple[Engine, int]:
     """An engine around the LLaVA of a folder, as train.py builds it; and the image-token id."""
     name = f"zero{stage}.json"
@@ -69,7 +67,6 @@ def build(
         dtype=dtype,
         loading=lambda: sharded_loading(settings),
         gather=gathered,
-        products=products,
     ).train()
     model.enable_activation_checkpointing(recompute)
     engine = Engine(model, settings, optim, lambda step, floor: 1.0, world())
@@ -150,10 +147,7 @@ def everything(folder: Path) -> None:
 
 
 def zero_stages(folder: Path) -> None:
-    """Five steps for each stage, optimizer, and tied or untied embeddings: weights and measured norms.
-
-    Untied on oneDNN's products, where the rows of one rank are of lengths that those of the other are not.
-    """
+    """Five steps for each stage, optimizer, and tied or untied embeddings: weights and measured norms."""
     for tied in (False, True):
         for name in ("sgd", "adamw"):
             for stage in (0, 1, 2, 3):
@@ -161,7 +155,6 @@ def zero_stages(folder: Path) -> None:
                     folder / f"llava-{'tied' if tied else 'untied'}",
                     stage,
                     optim_config(name, max_grad_norm=MAX_GRAD_NORM),
-                    products="torch" if tied else BEST_PRODUCTS,
                 )
                 metrics = []
                 for step in range(5):
