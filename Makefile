@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv test test-all check shards bench bench-data sft dpo demo-start demo-sft demo-dpo clean
+.PHONY: help venv lock test test-all test-oldest test-newest check shards bench bench-data sft dpo demo-start demo-sft demo-dpo clean
 
 CONFIG ?=
 ARGS ?=
@@ -13,7 +13,7 @@ SRC ?=
 OUT ?=
 PYTEST_WORKERS ?= 2
 
-# The user's interpreter is taken as it is. Ours is made, and made anew when setup.py changes.
+# The user's interpreter is taken as it is. Ours is made, and made anew when requirements.lock changes.
 ifeq ($(strip $(PYTHON)),)
   override PYTHON := .venv/bin/python
   ENVIRONMENT := .venv/.installed
@@ -30,6 +30,8 @@ ON_PATH = PATH="$$("$$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("sc
 TEST = $(ON_PATH) OMP_NUM_THREADS=1 "$$PYTHON" -m pytest -n "$(PYTEST_WORKERS)" --dist=loadfile
 LAUNCH = $(ON_PATH) "$$PYTHON" -m deepspeed.launcher.runner $(if $(strip $(NPROC)),--num_gpus "$$NPROC")
 CODE = $(wildcard pivot launch data_tools)
+# Print one package's lines of the lock file.
+LOCKED = sed -n '/^$(1)==/,/[^\]$$/p' requirements.lock
 
 help:  ## List the targets
 	@echo 'make TARGET [PYTHON=python] [CONFIG=run.yaml] [ARGS="key=value ..."] [NPROC=processes]'
@@ -39,12 +41,26 @@ help:  ## List the targets
 
 venv: $(ENVIRONMENT)  ## Make .venv and install the package with its test and check tools
 
+lock: $(ENVIRONMENT)  ## Write requirements.lock anew: ARGS=--upgrade takes the newest of everything
+	@"$$PYTHON" -m uv --quiet pip compile setup.py --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-header --output-file requirements.lock $(ARGS)
+
 test: $(ENVIRONMENT)  ## Run the tests that take seconds and need no GPU
 	@$(TEST) $(ARGS)
+	@echo "passed: $$("$$PYTHON" -m pivot.versions)"
 
 test-all: $(ENVIRONMENT)  ## Run every test; those for a GPU only where there is one
 	@if "$$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(TEST) -m '' $(ARGS); else $(TEST) -m 'not gpu' $(ARGS); fi
+	@echo "passed: $$("$$PYTHON" -m pivot.versions)"
+
+test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest releases that pivot/versions.py allows
+	@$(MAKE) --no-print-directory test PYTHON=$(CURDIR)/.venv-oldest/bin/python
+
+test-newest: .venv-newest/.made  ## Run the tests with the newest releases that pivot/versions.py allows
+	@echo 'installing the newest releases into .venv-newest'
+	@.venv-newest/bin/python -m pip install -qq --upgrade --upgrade-strategy eager -e '.[test]'
+	@$(MAKE) --no-print-directory test PYTHON=$(CURDIR)/.venv-newest/bin/python
 
 check: $(ENVIRONMENT)  ## Lint, check the formatting and the types
 	@"$$PYTHON" -m ruff check .
@@ -77,7 +93,7 @@ demo-start: $(if $(ENVIRONMENT),.venv/.made)
 	@"$$PYTHON" launch/demo.py start $(filter sft dpo,$(MAKECMDGOALS)) $(DEMO)
 
 $(DEMO)/data/scenes.png:
-	@$(if $(ENVIRONMENT),"$$PYTHON" -m pip install -qq pillow)
+	@$(if $(ENVIRONMENT),$(call LOCKED,pillow) >.venv/pillow.lock; "$$PYTHON" -m pip install -qq --require-hashes -r .venv/pillow.lock)
 	@"$$PYTHON" -m data_tools.demo.sheet $@ positions "$$SEED"
 	@echo 'a picture of the scenes: $@'
 
@@ -90,23 +106,31 @@ $(DEMO)/dpo.done: $(DEMO)/sft.done
 $(DEMO)/%.done:
 	@$(ON_PATH) "$$PYTHON" launch/demo.py stage $* $(DEMO) $(if $(filter $*,$(MAKECMDGOALS)),$(ARGS))
 
-.venv/.made:
+%/.made:
 	@python=''; for candidate in python3 python3.13 python3.12 python3.11; do \
 	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; \
 	  then python="$$candidate"; break; fi; done; \
 	if [ -z "$$python" ]; then \
 	  echo 'found no Python 3.11 to 3.13 on PATH; install one, or give PYTHON= of an environment to use' >&2; exit 2; fi; \
-	.venv/bin/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv
+	$*/bin/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear $*
 	@touch $@
 
-# torch and torchvision come first, together and unpinned: torchvision only imports beside the torch of its own release.
+# Exact releases, checked by hash. setuptools comes first: DeepSpeed is built with it, not with the newest of that day.
 # -qq keeps the addresses of package mirrors out of logs.
-.venv/.installed: setup.py | .venv/.made
+.venv/.installed: requirements.lock | .venv/.made
 	@echo 'installing into .venv (a few minutes and about 6 GB the first time)'
-	@.venv/bin/python -m pip install -qq torch torchvision
-	@.venv/bin/python -m pip install -qq -e '.[test,check]'
+	@$(call LOCKED,setuptools) >.venv/setuptools.lock
+	@.venv/bin/python -m pip install -qq --require-hashes -r .venv/setuptools.lock
+	@.venv/bin/python -m pip install -qq --require-hashes --no-build-isolation -r requirements.lock
+	@.venv/bin/python -m pip install -qq --no-build-isolation --no-deps -e .
+	@touch $@
+
+.venv-oldest/.installed: setup.py pivot/versions.py | .venv-oldest/.made
+	@echo 'installing the oldest releases into .venv-oldest'
+	@.venv-oldest/bin/python pivot/versions.py lowest >.venv-oldest/lowest.txt
+	@.venv-oldest/bin/python -m pip install -qq --constraint .venv-oldest/lowest.txt -e '.[test]'
 	@touch $@
 
 clean:  ## Remove caches; .venv and runs/ stay
-	@find . -path ./.venv -prune -o -path ./runs -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -path ./runs -prune -o -type d -name __pycache__ -exec rm -rf {} +
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

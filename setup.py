@@ -1,11 +1,13 @@
 """The package's metadata and dependencies; the tools' settings are in pyproject.toml."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+RANGES = runpy.run_path(str(ROOT / "pivot/versions.py"))["RANGES"]
 
 
 def read_version() -> str:
@@ -18,15 +20,15 @@ def read_version() -> str:
 
 REMOTE = ["fsspec[http,s3,gs]", "huggingface_hub"]  # to train from shards that lie elsewhere
 TEST = [
-    "pytest>=8",
-    "pytest-xdist",
-    "pytest-timeout",
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+    "pytest-timeout>=2.4",
     "trl>=1.16",  # losses are compared to its own
-    "datasets",  # opens every shard that is packed
+    "datasets>=4.4",  # opens every shard that is packed
     "fsspec[http]",
-    "matplotlib",  # plots of the benchmarks
+    "matplotlib>=3.10",  # plots of the benchmarks
 ]
-CHECK = ["ruff", "mypy"]
+CHECK = ["ruff", "mypy", "uv"]  # uv writes requirements.lock
 
 setup(
     name="pivot",
@@ -36,25 +38,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["pivot", "pivot.*", "data_tools", "data_tools.*"]),
     package_data={"pivot.report": ["page.html.j2", "page.css"]},
-    install_requires=[
-        "torch>=2.7",  # below 2.6 torch.load runs code even with weights_only=True (CVE-2025-32434)
-        "torchvision",  # open_clip needs it; it only imports beside the torch of the same release
-        "deepspeed>=0.19.5,<0.20",  # 0.19.5: non-reentrant activation checkpointing of frozen blocks
-        "transformers>=5.8",  # one layout of SigLIP weights
-        "omegaconf>=2.4",
-        "jinja2",
-        "open_clip_torch",
-        "webdataset",
-        "safetensors",
-        "pillow",
-        "simplejpeg",
-        "numpy",
-        "rich",
-        "tensorboard",
-        "ninja",  # DeepSpeed compiles its CPU collectives at the first start
-        "fsspec",
-        "pyarrow",  # Parquet, the form of most data sets on the hub
-    ],
+    install_requires=[f"{name}{allowed}" for name, allowed in RANGES.items()],
     extras_require={
         "flash": ["flash-attn"],  # no wheels: needs a CUDA toolkit that matches torch
         "remote": REMOTE,

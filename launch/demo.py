@@ -76,7 +76,9 @@ def stage(name: str, folder: Path, overrides: list[str]) -> int:
     # Two demos at once need two ports. What the launcher has to say is said here, and by the ranks.
     command += ["--master_port", str(free_port()), "--log_level", "critical", *shown]
     threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    if not has_gpu():
+        environment = {"DS_ACCELERATOR": "cpu"} | environment  # else each of DeepSpeed's processes says so
     started = time.monotonic()
     code, stopped = run_until_stopped(command, environment, ROOT)
     with (folder / "times.jsonl").open("a", encoding="utf-8") as file:
@@ -100,6 +102,13 @@ def count_processes() -> int:
     import torch
 
     return torch.cuda.device_count() or CPU_PROCESSES
+
+
+def has_gpu() -> bool:
+    """Whether there is a device that a launcher should see; one that torch cannot use counts, training names it."""
+    import torch
+
+    return torch.cuda.is_available() or Path("/dev/nvidia0").exists()
 
 
 def _settings(name: str, folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pivot.ports import free_port
+from pivot.quiet import silence_known_warnings
 
 Value = TypeVar("Value")
 
@@ -40,6 +41,7 @@ def start(timeout_s: float) -> World:
 
     Raises RuntimeError when a GPU is present that torch cannot use (unless DS_ACCELERATOR says what to do).
     """
+    silence_known_warnings()
     _prepare_environment()
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -32,6 +32,7 @@ from pivot.models.build import Sources, settle_sources
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
+from pivot.versions import describe_untested
 
 Say = Callable[[str], None]
 
@@ -254,8 +255,10 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     held_out = "none (data.eval is absent)"
     if inputs.held_out is not None:
         held_out = f"{config.data.eval}: {inputs.held_out.num_pairs} samples, {len(inputs.held_out.questions)} answers"
+    untested = describe_untested()
     return "\n".join(
         [
+            *([untested] if untested else []),
             f"data       {train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
             f"held out   {held_out}",
             f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each",

@@ -104,9 +104,7 @@ class Trainer:
         references = open_references(config, inputs, world, self.say, start_weights=self._score)
         self.reference, self.held_out_reference = references.train, references.held_out
         again = config.train.activation_checkpointing == "full"  # what selective computes again is no matrix product
-        self.counter = build_counter(
-            inputs.skeleton, config.optim.trained(), activation_checkpointing=again
-        )
+        self.counter = build_counter(inputs.skeleton, config.optim.trained(), activation_checkpointing=again)
         self.step, self.masked = self._restore()
         self.stop: StopSignal | None = None
         self.stopping = False

@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pivot.models.mllm import MLLM
+from pivot.models.renamed import cache_argument
 
 
 @contextlib.contextmanager
 def stock_attention(model: MLLM) -> Iterator[None]:
     """Evaluation mode and transformers' own attention: the tree's has neither padding nor a cache."""
     language_model, was_training = model.language_model, model.training
-    attention = language_model.config._attn_implementation
     language_model.set_attn_implementation("sdpa")
     model.eval()  # activation checkpointing would switch the cache off
     try:
         yield
     finally:
-        language_model.set_attn_implementation(attention)
+        model.use_attention(model.attention)
         model.train(was_training)
 
 
@@ -55,10 +55,10 @@ def generate(
     features = model.projector(model.vision_tower(pixel_values)).flatten(0, 1)  # [I * features, D]
     embeddings = language_model.get_input_embeddings()(ids)  # [B, L, D]
     embeddings[(ids == image_token_id) & mask] = features[feature_index].to(embeddings.dtype)
-    cache = DynamicCache(config=language_model.config)
+    cache = cache_argument(language_model.model, DynamicCache(config=language_model.config))
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     hidden = language_model.model(
-        inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=positions, past_key_values=cache
+        inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=positions, **cache
     ).last_hidden_state
     stops = torch.tensor(list(stop_ids), device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -73,7 +73,7 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
         hidden = language_model.model(
-            input_ids=token[:, None], attention_mask=mask.long(), position_ids=positions, past_key_values=cache
+            input_ids=token[:, None], attention_mask=mask.long(), position_ids=positions, **cache
         ).last_hidden_state
     rows = torch.stack(columns, dim=1).tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]

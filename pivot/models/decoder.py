@@ -65,7 +65,8 @@ def _last_block(block_class: Any) -> type[nn.Module]:
     ) -> Tensor | tuple[Tensor, ...]:
         if reading is None:
             return block_class.forward(self, hidden_states, *args, **kwargs)
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, asked=reading, **kwargs)
+        assert not args, "transformers hands a block all but its hidden states by name"
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), asked=reading, **kwargs)
         hidden_states = hidden_states.index_select(1, reading.positions) + attended  # [1, N, W]
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -74,7 +75,9 @@ def _last_block(block_class: Any) -> type[nn.Module]:
 
 @cache
 def _norm(norm_class: Any) -> type[nn.Module]:
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:  # of a release that we have not met
+            return norm_class.forward(self, hidden_states, *args, **kwargs)
         return cheap(rms_norm, hidden_states, self.weight, self.variance_epsilon)
 
     return type(norm_class.__name__, (norm_class,), {"forward": forward})
@@ -82,7 +85,9 @@ def _norm(norm_class: Any) -> type[nn.Module]:
 
 @cache
 def _mlp(mlp_class: Any) -> type[nn.Module]:
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:  # of a release that we have not met
+            return mlp_class.forward(self, x, *args, **kwargs)
         return self.down_proj(cheap(swiglu, self.gate_proj(x), self.up_proj(x)))
 
     return type(mlp_class.__name__, (mlp_class,), {"forward": forward})

@@ -17,6 +17,7 @@ from pivot.models.attention import registered_name
 from pivot.models.decoder import reads_at_targets, streamline
 from pivot.models.projector import Projector
 from pivot.models.recompute import recompute_cheap_modules, recomputing
+from pivot.models.renamed import recompute_blocks
 from pivot.models.vision import VisionTower
 
 
@@ -76,17 +77,14 @@ class MLLM(nn.Module):
         return hidden if self._reads_at_targets else hidden[batch.target_positions]
 
     def enable_activation_checkpointing(self, granularity: str) -> None:
-        """Compute again in backward: "none"; "selective", what is cheap; "full", whole blocks. Called once.
-
-        Never reentrant: that starves an encoder whose pixels carry no gradient.
-        """
+        """Compute again in backward: "none"; "selective", what is cheap; "full", whole blocks. Called once."""
         if granularity == "selective":
             recompute_cheap_modules(self.vision_tower)
             recompute_cheap_modules(self.projector)
             self._recomputing = recomputing
         elif granularity == "full":
             self.vision_tower.enable_activation_checkpointing()
-            self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_blocks(self.language_model)
 
 
 def disable_dropout(model: nn.Module) -> None:

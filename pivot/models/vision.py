@@ -25,6 +25,7 @@ from pivot.geometry import (
     split_open_clip,
 )
 from pivot.models.loading import Gather, build_random, load_strictly
+from pivot.models.renamed import recompute_blocks
 
 __all__ = ["VisionTower", "build_vision_tower", "describe_vision_tower", "wrap_encoder"]
 
@@ -102,11 +103,11 @@ class VisionTower(nn.Module):
         return ((pixel_values.float() - mean) / std).to(next(self.model.parameters()).dtype)
 
     def enable_activation_checkpointing(self) -> None:
-        """Recompute each block in backward. Never reentrant: pixels carry no gradient, so the blocks would get none."""
+        """Recompute each block in backward."""
         if self.is_open_clip:
             self.model.set_grad_checkpointing(True)  # open_clip and timm pass use_reentrant=False
         else:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_blocks(self.model)
 
 
 def build_vision_tower(section: VisionTowerConfig, *, dtype: torch.dtype, gather: Gather = nullcontext) -> VisionTower:

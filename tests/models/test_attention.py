@@ -14,6 +14,7 @@ from pivot.models.attention import choose_attention, registered_name, tree_atten
 from pivot.models.attention.choice import compare_with_sdpa
 from pivot.models.attention.sdpa import sdpa
 from pivot.models.attention.varlen import over_chains
+from pivot.models.renamed import recompute_blocks
 from tests.tiny import tiny_text_config
 from tests.trees import TREES, build_batch, random_segments, unroll
 
@@ -82,7 +83,7 @@ def test_tree_equals_separate_sequences(name: str, kind: str, checkpointing: boo
 
     model.set_attn_implementation(registered_name("sdpa"))
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(model)
         model.train()
     batch = build_batch(token_ids, parents)
     found = _tree_logps(model, batch)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig, Qwen3Config
 
 from pivot.batch import PackedBatch, Segments
 from pivot.models.attention import registered_name
 from pivot.models.decoder import FAMILIES, reads_at_targets, streamline
+from pivot.models.renamed import recompute_blocks
 from tests.tiny import tiny_text_config
 from tests.trees import TREES, build_batch, random_segments
 
@@ -42,6 +45,42 @@ def run(model: torch.nn.Module, batch: PackedBatch, **how: object) -> torch.Tens
     ).last_hidden_state[0]
 
 
+# (module of a block, arguments of its forward by name, attributes): all that `streamline` relies on.
+RELIED_ON = (
+    ("", ["hidden_states"], ["input_layernorm", "post_attention_layernorm", "self_attn", "mlp"]),
+    (
+        "self_attn",
+        ["hidden_states", "position_embeddings", "attention_mask"],
+        ["q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "attention_dropout"],
+    ),
+    ("mlp", ["x"], ["gate_proj", "up_proj", "down_proj"]),
+    ("input_layernorm", ["hidden_states"], ["weight", "variance_epsilon"]),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_has_what_is_replaced(family: str) -> None:
+    """The signatures, and that a model hands its blocks, and a block its attention, all but the states by name."""
+    model = AutoModelForCausalLM.from_config(config_of(family))
+    block, calls = model.model.layers[-1], []
+    for name, arguments, attributes in RELIED_ON:
+        module = block.get_submodule(name)
+        taken = inspect.signature(module.forward).parameters
+        gone = [a for a in arguments if a not in taken] + [a for a in attributes if not hasattr(module, a)]
+        assert not gone, (
+            f"transformers {transformers.__version__}: {type(module).__name__} has no {', '.join(gone)} any more; "
+            "pivot/models/decoder.py replaces its forward and must follow"
+        )
+    for module in (block, block.self_attn):
+        module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    for args, kwargs in calls:
+        assert len(args) <= 1 and {"position_embeddings", "attention_mask"} <= set(kwargs), (
+            f"transformers {transformers.__version__} hands {family}'s blocks their arguments in another way: "
+            f"{len(args)} by place, {', '.join(kwargs)} by name; pivot/models/decoder.py must follow"
+        )
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +93,7 @@ def test_equals_transformers(family: str, name: str, checkpointing: bool) -> Non
     assert reads_at_targets(ours.config)
     streamline(ours)
     if checkpointing:
-        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(ours)
     lengths, parents = TREES[name]
     batch = build_batch(random_segments(lengths), parents)
     weight = torch.randn(len(batch.target_ids), ours.config.hidden_size)

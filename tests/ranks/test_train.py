@@ -70,6 +70,13 @@ def test_nothing_is_compiled(runs: Path) -> None:
     assert "built successfully" not in (runs / "everything-rank0.log").read_text()
 
 
+def test_the_terminal_shows_our_lines_alone(runs: Path) -> None:
+    """No warning of torch, transformers or DeepSpeed, from any rank, in a start, a save, a resume and an export."""
+    for rank in (0, 1):
+        output = (runs / f"everything-rank{rank}.log").read_text()
+        assert not [line for line in output.splitlines() if "warning" in line.lower()]
+
+
 def test_first_loss_is_that_of_equal_models(runs: Path) -> None:
     """0.8 ln 2 for sigmoid, 0.2 * 2 ln 2 for BCO (two terms at reward 0), and the NLL as measured on its own."""
     row = steps(runs, "unbroken")[1]
