@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +106,21 @@ def run_step(
     engine: Engine, rows: list[PackedBatch], num_pairs: int, step: int, *, update: bool = True
 ) -> dict[str, float]:
     """One step of DPO against a fixed reference (a function of the completion's place), over this rank's rows."""
-    objective = build_objective(ObjectiveConfig(dpo=DPOConfig()))
-    counts = StepCounts(pair=num_pairs, chosen_token=1, target_token=1)
     for number, row in enumerate(rows):
-        reference = -5.0 * row.completion_tokens.float()
-        outcome = objective(engine(row), row, reference)
-        loss = sum(weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values())
-        engine.backward(loss, last=number == len(rows) - 1)
+        engine.backward(_loss(engine, row, num_pairs), last=number == len(rows) - 1)
     if not update:
         return {}
     metrics, squares = engine.step(step, measure=True), engine.squares()
     for value in squares.values():
         dist.all_reduce(value)
     return metrics | engine.norms({name: float(value) for name, value in squares.items()})
+
+
+def _loss(model: Callable[[PackedBatch], Tensor], row: PackedBatch, num_pairs: int) -> Tensor:
+    objective = build_objective(ObjectiveConfig(dpo=DPOConfig()))
+    counts = StepCounts(pair=num_pairs, chosen_token=1, target_token=1)
+    outcome = objective(model(row), row, -5.0 * row.completion_tokens.float())
+    return sum(weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values())
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -129,9 +132,11 @@ def save(folder: Path, name: str, values: dict[str, Any]) -> None:
         torch.save(values, folder / f"{name}-{dist.get_world_size()}.pt")
 
 
-def _mine(pairs: list[PackedBatch], micro_batches: int, image_token_id: int) -> list[PackedBatch]:
-    """This rank's share of the step's pairs, cut into `micro_batches` rows."""
-    own = pairs[dist.get_rank() :: dist.get_world_size()]
+def _mine(
+    pairs: list[PackedBatch], micro_batches: int, image_token_id: int, rank: int | None = None
+) -> list[PackedBatch]:
+    """This rank's share (or that of `rank`) of the step's pairs, cut into `micro_batches` rows."""
+    own = pairs[dist.get_rank() if rank is None else rank :: dist.get_world_size()]
     return [merge(own[i::micro_batches], image_token_id) for i in range(micro_batches)]
 
 
@@ -247,15 +252,57 @@ def _watch_gradients(engine: Engine) -> set[str]:
 
 
 def mixed_precision(folder: Path) -> None:
-    """bf16 weights on ZeRO 1 to 3: the same step, close to fp32's."""
-    for stage, bf16 in ((0, False), (1, True), (2, True), (3, True)):
-        engine, image = build(folder / "llava-tied", stage, optim_config("adamw"), bf16=bf16)
+    """bf16 weights on ZeRO 1 to 3 and in plain torch: the same three steps over the same rows."""
+    for stage in (1, 2, 3):
+        engine, image = build(folder / "llava-tied", stage, optim_config("adamw"), bf16=True)
         pairs = [pair(i, image, with_image=i != 1) for i in range(4)]
         metrics = [run_step(engine, _mine(pairs, 2, image), 4, step) for step in range(3)]
         save(folder, f"bf16-stage{stage}", {"metrics": metrics, "facts": engine.facts()})
+    rows = [row for rank in range(dist.get_world_size()) for row in _mine(pairs, 2, image, rank)]
+    save(folder, "bf16-plain", {"metrics": plain_steps(folder / "llava-tied", rows, 4, num_steps=3)})
 
 
-def build_plain(llava: Path) -> tuple[MLLM, int]:
+def plain_steps(llava: Path, rows: list[PackedBatch], num_pairs: int, *, num_steps: int) -> list[dict[str, float]]:
+    """Mixed precision by hand: bf16 weights and gradients of a row, fp32 sums, masters and AdamW; what `norms` gives."""
+    optim = optim_config("adamw")
+    model, _ = build_plain(llava, torch.bfloat16)
+    pairs = [(p, p.detach().float()) for p in model.parameters()]  # (weight, master)
+    components = {name: set(model.get_submodule(name).parameters()) for name in ADAM_RATES}
+    groups = {name: [master for p, master in pairs if p in own] for name, own in components.items()}
+    adamw = torch.optim.AdamW(
+        [{"params": own, "lr": ADAM_RATES[name]} for name, own in groups.items()],
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=0.0,
+    )
+    steps = []
+    for _ in range(num_steps):
+        for _, master in pairs:
+            master.grad = torch.zeros_like(master)
+        for row in rows:
+            model.zero_grad()
+            _loss(model, row, num_pairs).backward()
+            for weight, master in pairs:
+                master.grad += weight.grad
+        norms = {name: _norm([master.grad for master in own]) for name, own in groups.items()}
+        before = {name: [master.clone() for master in own] for name, own in groups.items()}
+        whole = torch.nn.utils.clip_grad_norm_([master for _, master in pairs], optim.max_grad_norm)
+        adamw.step()
+        for weight, master in pairs:
+            weight.data.copy_(master)
+        metrics = {"grad_norm": float(whole)} | {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        for name, own in groups.items():
+            moved = _norm([new - old for new, old in zip(own, before[name], strict=True)])
+            metrics[f"update_ratio/{name}"] = moved / _norm(own)
+        steps.append(metrics)
+    return steps
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.double().norm() for tensor in tensors]).norm())
+
+
+def build_plain(llava: Path, dtype: torch.dtype = torch.float32) -> tuple[MLLM, int]:
     """The model alone, in this process, without an engine."""
     config = Config(output_dir="unused", init_from=str(llava))
     sources = settle_sources(config)
@@ -264,7 +311,7 @@ def build_plain(llava: Path) -> tuple[MLLM, int]:
         sources,
         processor,
         seed=0,
-        dtype=torch.float32,
+        dtype=dtype,
         loading=contextlib.nullcontext,
         gather=lambda _: contextlib.nullcontext(),
     )

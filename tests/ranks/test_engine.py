@@ -139,9 +139,12 @@ def test_frozen_stays_and_the_rest_trains(results: Path, frozen: str, recompute:
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_weights_train_close_to_fp32(results: Path, stage: int, world: int) -> None:
-    """Norms within 5 % of fp32's over three steps (seen: 2 %); each stage keeps fp32 masters."""
-    fp32 = load(results, "bf16-stage0", 1)["metrics"]
-    for expected, found in zip(fp32, load(results, f"bf16-stage{stage}", world)["metrics"], strict=True):
-        norms = [name for name in expected if name.startswith(("grad_norm", "update_ratio"))]
-        assert {n: found[n] for n in norms} == pytest.approx({n: expected[n] for n in norms}, rel=0.05)
+def test_bf16_weights_train_as_in_plain_torch(results: Path, stage: int, world: int) -> None:
+    """Norms and updates over three steps, against mixed precision written out by hand over the same rows.
+
+    Within 2 %: seen 0.6 % with torch 2.14 and 1.0 % with 2.11, whose bf16 kernels round otherwise where a weight lies
+    elsewhere in memory (ZeRO-3 with 2.14: 4e-6). How far bf16 is from fp32 is torch's business: 5.3 % with 2.11.
+    """
+    plain = load(results, "bf16-plain", world)["metrics"]
+    for expected, found in zip(plain, load(results, f"bf16-stage{stage}", world)["metrics"], strict=True):
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.02)
