@@ -263,7 +263,7 @@ def mixed_precision(folder: Path) -> None:
 
 
 def plain_steps(llava: Path, rows: list[PackedBatch], num_pairs: int, *, num_steps: int) -> list[dict[str, float]]:
-    """Mixed precision by hand: bf16 weights and gradients of a row, fp32 sums, masters and AdamW; what `norms` gives."""
+    """What `norms` gives, with mixed precision by hand: bf16 weights and gradients, fp32 sums, masters and AdamW."""
     optim = optim_config("adamw")
     model, _ = build_plain(llava, torch.bfloat16)
     pairs = [(p, p.detach().float()) for p in model.parameters()]  # (weight, master)
