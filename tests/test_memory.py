@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,18 @@ import pytest
 import torch
 
 from launch.random_model import qwen2, siglip, write_model
-from pivot.config import COMPONENTS, REPOSITORY, ConfigError, LanguageModelConfig, ModelConfig, VisionTowerConfig
+from pivot.batch import PackedBatch
+from pivot.config import COMPONENTS, ConfigError, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pivot.config_check import read_deepspeed_json
 from pivot.memory import GIB, Row, Setup, estimate, judge
+from pivot.models.language import build_language_model
+from pivot.models.mllm import MLLM
+from pivot.models.projector import Projector
 from pivot.models.skeleton import build_skeleton
+from pivot.models.vision import VisionTower, build_vision_tower
+from tests.live_memory import LiveMemory
+from tests.ranks.scenarios import merge
+from tests.trees import build_batch, random_segments
 
 ROW = Row(tokens=8192, images=7, targets=2800)
 CARD, HOST = 80 * GIB, 500 * GIB
@@ -101,15 +106,40 @@ def test_a_model_that_fits_without_offloading_is_told_so(setup_7b: Setup) -> Non
     assert "fits without offloading" in advice and "ds_configs/zero2.json" in advice
 
 
+def batch_of(tokens: int, images: int, tower: VisionTower) -> PackedBatch:
+    """`images` pairs of equal lengths, about `tokens` in all."""
+    own = max(9, tokens // images - tower.num_features) // 3
+    pairs = []
+    for seed in range(images):
+        prompt, chosen, rejected = random_segments([own, own, own], seed=seed)
+        pixels = torch.zeros(1, 3, tower.facts.size, tower.facts.size, dtype=torch.uint8)
+        segments = [[299] * tower.num_features + prompt, chosen, rejected]
+        pairs.append(build_batch(segments, [-1, 0, 0], image_token_id=299, pixel_values=pixels))
+    return merge(pairs, 299)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_activations_against_a_measured_peak(tmp_path: Path, recompute: str) -> None:
-    """2,000 tokens with 8 images, a process of its own: found 1.10, 0.94, 0.99; 4,000 with 16: 1.05, 0.97, 0.85."""
+@pytest.mark.parametrize(("tokens", "images"), [(2000, 8), (4000, 16)])
+def test_activations_against_a_measured_peak(tmp_path: Path, recompute: str, tokens: int, images: int) -> None:
+    """The estimate over what tensors held above weights and gradients, as 1 means exact.
+
+    Seen with torch 2.11 and 2.14: 1.13, 1.06 and 1.04 for 2,000 tokens, 1.20, 1.15 and 1.32 for 4,000."""
     (tmp_path / "language").mkdir()
     (tmp_path / "vision.json").write_text(json.dumps(siglip(192, 768, 6, 6, 16, 224)))
     (tmp_path / "language" / "config.json").write_text(json.dumps(qwen2(256, 1024, 6, 8, 2, 8000, False)))
-    command = [sys.executable, "-m", "tests.memory_probe", tmp_path, "2000", "8", recompute]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert 0.75 < found["estimated"] / found["measured"] < 1.33
+    config = ModelConfig(
+        vision_tower=VisionTowerConfig(path=str(tmp_path / "vision.json")),
+        language_model=LanguageModelConfig(path=str(tmp_path / "language" / "config.json")),
+    )
+    tower = build_vision_tower(config.vision_tower, dtype=torch.float32)
+    language_model = build_language_model(str(config.language_model.path), dtype=torch.float32)
+    model = MLLM(tower, Projector("mlp2x_gelu", tower.width, language_model.config.hidden_size), language_model).train()
+    model.enable_activation_checkpointing(recompute)
+    model(batch_of(8, 1, tower)).sum().backward()  # the gradients are there
+    batch = batch_of(tokens, images, tower)
+    with LiveMemory() as memory:
+        model(batch).sum().backward()
+    row = Row(batch.num_tokens, images, len(batch.target_ids))
+    setup = Setup(build_skeleton(config, 300), COMPONENTS, "adamw", torch.float32, 1, {"stage": 0}, row, recompute)
+    guess = estimate(setup)
+    assert 0.75 < (guess.activations + guess.head) / memory.peak_bytes < 1.33
