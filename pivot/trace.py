@@ -25,7 +25,7 @@ class Tracer:
     def before_step(self) -> None:
         if self._num_steps and self._seen == SKIPPED_STEPS:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._on_gpu else [])
-            self._profile = profile(activities=activities)
+            self._profile = profile(activities=activities, acc_events=True)  # one cycle; else torch warns of several
             self._profile.start()
         if self._seen == SKIPPED_STEPS + self._num_steps:
             self.stop()
