@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +17,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_tools.records import Drop, ImageBytes, Record
+from data_tools.readers.messages import IMAGE_PLACEHOLDER
+from data_tools.readers.pictures import REMOTE
+from data_tools.recoding import to_shard_format
+from data_tools.records import Drop, ImageBytes, Record, shown
 from pivot.data.images import ImageError, decode_rgb, image_extension
 from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample, sample_shape
 
-IMAGE_PLACEHOLDER = "<image>"
 MAX_IMAGE_BYTES = 100_000_000  # of one file; read whole into memory
 JPEG_QUALITY = 92  # of images that are made smaller
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # the row's fault; others the machine's
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Packed:
     source: str
     sample: Sample
     members: list[tuple[str, bytes]]  # (extension, content)
+    recoded: tuple[str, ...] = ()  # the formats of images that became PNG
 
     @property
     def num_bytes(self) -> int:
@@ -131,10 +132,10 @@ def _read_image(image: str | ImageBytes, folders: Sequence[str], trusted: Sequen
 
 def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> Path:
     """The file that `path` names, looked for in `folders`; its real place must lie below one of `trusted`."""
-    if _URL.match(path):
-        raise Rejected("URL", f"{path[:200]}: nothing is fetched; download the images first")
+    if REMOTE.match(path):
+        raise Rejected("URL", f"{shown(path)}: nothing is fetched; download the images first")
     if "\0" in path:
-        raise Rejected("missing image", f"{path!r} is no file name")
+        raise Rejected("missing image", f"{shown(repr(path))} is no file name")
     outside = None
     for folder in folders:
         real = Path(os.path.realpath(os.path.join(folder, path)))
@@ -142,14 +143,16 @@ def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> P
             outside = outside or real
         elif (size := _file_size(real)) is not None:
             if size > MAX_IMAGE_BYTES:
-                raise Rejected("undecodable image", f"{path}: more than {MAX_IMAGE_BYTES} bytes")
+                raise Rejected("undecodable image", f"{shown(path)}: more than {MAX_IMAGE_BYTES} bytes")
             return real
     if outside is not None:
         raise Rejected(
             "path outside the roots",
-            f"{path} leads to {outside}; if that is meant, admit its folder with --allow-root {outside.parent}",
+            f"{shown(path)} leads to {shown(str(outside), 200)}; if that is meant, admit its folder with --allow-root "
+            f"{shown(str(outside.parent), 200)}",
         )
-    raise Rejected("missing image", f"{path} is not in {', '.join(folders)}")
+    where = f"is not in {', '.join(folders)}" if folders else "is named and not there"
+    raise Rejected("missing image", f"{shown(path)} {where}")
 
 
 def _file_size(path: Path) -> int | None:
@@ -175,14 +178,16 @@ def shrink(rgb: np.ndarray, max_side: int) -> tuple[bytes, int, int]:
 
 
 def _pack(record: Record, files: list[bytes], max_side: int | None) -> Packed:
-    images, image_members = [], []
+    images, image_members, recoded = [], [], []
     for number, (image, data) in enumerate(zip(record.images, files, strict=True)):
         origin = image if isinstance(image, str) else image.name
         try:
+            data, format = to_shard_format(data)
             extension = image_extension(data)
             rgb = decode_rgb(data)  # upright, as the loader will see it
         except ImageError as error:
-            raise Rejected("undecodable image", f"{origin}: {error}") from error
+            raise Rejected("undecodable image", f"{shown(origin)}: {error}") from error
+        recoded += [format] if format else []
         height, width = rgb.shape[:2]
         if max_side is not None and max(height, width) > max_side:
             data, width, height = shrink(rgb, max_side)
@@ -200,14 +205,15 @@ def _pack(record: Record, files: list[bytes], max_side: int | None) -> Packed:
         "prompt": prompt,
         **{role: [{"role": "assistant", "content": text}] for role, text in completions.items()},
         "images": images,
-        "answer": record.answer,
+        "answer": list(record.answer) if isinstance(record.answer, tuple) else record.answer,
         "rejected_images": None,
         "margin": record.margin,
         "source": record.source,
         "meta": {},
     }
     check_sample(sample)
-    return Packed(content_key(sample), record.source, sample, [("json", dump_sample(sample)), *image_members])
+    members = [("json", dump_sample(sample)), *image_members]
+    return Packed(content_key(sample), record.source, sample, members, tuple(recoded))
 
 
 def content_key(sample: Sample) -> str:

@@ -21,19 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.convert import IMAGE_PLACEHOLDER, Packed, convert
+from data_tools.convert import Packed, convert
 from data_tools.filling import Filling
 from data_tools.journal import Journal
 from data_tools.readers import find_reader
-from data_tools.records import Drop, Record
+from data_tools.readers.generic import IMAGE
+from data_tools.readers.messages import IMAGE_PLACEHOLDER
+from data_tools.records import Drop, Record, shown
 from pivot.data.index import INDEX_RECORD, key_hash
 from pivot.data.manifest import SHARD_NAME, Shard
 from pivot.files import write_json
 from pivot.workers import worker_pool
 
-TOOL_VERSION = 3  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
+TOOL_VERSION = 4  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
 CHUNK = 16  # records per message to a worker
 NUM_EXAMPLES = 3  # dropped rows shown for each reason
+SHOWN_DETAIL = 600  # letters of what is said about one
+DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class Tally:
     digest: str = ""  # chained over the rows
     kind: str = ""  # of the first sample, and so of all
     images: int = 0
+    with_images: int = 0  # samples
+    recoded: dict[str, int] = field(default_factory=dict)  # format -> images that became PNG
+    prompts_taken_off: int = 0  # pairs whose answers both began with it
     untrained_answers: int = 0  # in the history of SFT samples: read, but no loss is taken on them
     drops: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
@@ -71,8 +78,13 @@ class Tally:
         return sum(self.drops.values())
 
     @property
+    def num_lost(self) -> int:
+        """Rows of which nothing is in the set: of a duplicate all is."""
+        return self.num_dropped - self.drops.get(DUPLICATE, 0)
+
+    @property
     def drop_ratio(self) -> float:
-        return self.num_dropped / max(1, self.rows)
+        return self.num_lost / max(1, self.rows)
 
     def read(self, row: Record | Drop) -> None:
         self.rows += 1
@@ -83,6 +95,10 @@ class Tally:
         source["samples"] += 1
         self.kind = record.kind
         self.images += len(packed.members) - 1
+        self.with_images += len(packed.members) > 1
+        self.prompts_taken_off += record.prompt_taken_off
+        for format in packed.recoded:
+            self.recoded[format] = self.recoded.get(format, 0) + 1
         if record.rejected is None:
             self.untrained_answers += sum(role == "assistant" for role, _ in record.history)
 
@@ -91,7 +107,7 @@ class Tally:
         examples = self.examples.setdefault(drop.reason, [])
         if len(examples) < NUM_EXAMPLES:
             # What is not Unicode in it, often the reason for the drop, can neither be stored nor shown.
-            texts = {"id": drop.id, "detail": drop.detail}.items()
+            texts = {"id": shown(drop.id), "detail": shown(drop.detail, SHOWN_DETAIL)}.items()
             examples.append({name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts})
 
 
@@ -188,7 +204,7 @@ def _map_chunk(function: Callable[[Any], Any], chunk: list[Any]) -> list[Any]:
 def _rows(options: PackOptions) -> Iterator[Record | Drop]:
     """Raises ValueError when there is none, before anything is written."""
     format, reader = find_reader(options.source, options.format, options.mapping)
-    rows = _cut_turns(reader.read(options.source, options.image_roots), options.turns)
+    rows = _cut_turns(reader.read(options.source, options.image_roots, options.mapping.get(IMAGE)), options.turns)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{options.source} holds no row of the format {format}; look into it, or give its --format")
@@ -243,7 +259,7 @@ def _converter(options: PackOptions, function: Callable[..., Packed | Drop]) -> 
 def _judge(row: Record | Drop, result: Packed | Drop, tally: Tally, seen: set[int]) -> Packed | Drop:
     """The result, unless the set as a whole has no place for it."""
     if isinstance(result, Packed) and key_hash(result.key) in seen:
-        return Drop("duplicate", row.id, "equal conversation and images")
+        return Drop(DUPLICATE, row.id, "equal conversation and images")
     if isinstance(result, Packed) and tally.kind and result.sample["kind"] != tally.kind:
         return Drop("another kind", row.id, f"{result.sample['kind']}, the first sample is {tally.kind}; pack it apart")
     return result
@@ -374,4 +390,5 @@ def _known_keys(out: Path, shards: list[Shard]) -> set[int]:
 def _write_stats(out: Path, tally: Tally, shards: list[Shard]) -> None:
     kept = {"samples": sum(shard.samples for shard in shards), "images": tally.images}
     counts = {"rows": tally.rows, **kept, "bytes": sum(shard.bytes for shard in shards)}
-    write_json(out / "stats.json", {**counts, "drops": tally.drops, "examples": tally.examples})
+    more = {"with_images": tally.with_images, "recoded": tally.recoded, "prompts_taken_off": tally.prompts_taken_off}
+    write_json(out / "stats.json", {**counts, **more, "drops": tally.drops, "examples": tally.examples})

@@ -21,7 +21,7 @@ from data_tools.console import bytes_text, count_text
 from data_tools.draw import shuffled
 from data_tools.where import Condition
 from pivot.data.images import ImageError, decode_rgb
-from pivot.data.samples import Sample, message_text
+from pivot.data.samples import Sample, answers_of, message_text
 from pivot.data.shards import DamagedSample, ShardSet
 
 THUMBNAIL = 560  # pixels, the longer side; twice what the page shows, for sharp screens
@@ -129,7 +129,7 @@ def _card(shown: Shown) -> str:
     pictures = "".join(_picture(shown, number) for number in range(len(shown.images)))
     many = " many" if len(shown.images) > 1 else ""
     tags = [f"row {shown.row}", str(sample.get("source") or "")]
-    tags += [f"answer {sample['answer']}"] if sample.get("answer") else []
+    tags += [f"answer {' or '.join(accepted)}"] if (accepted := answers_of(sample)) else []
     if shown.rejected is None:
         answers = _answer("chosen", "answer", [(shown.chosen, False)])
     else:

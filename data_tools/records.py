@@ -7,6 +7,22 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+SHOWN_LETTERS = 80  # of a value that a message repeats: it may be a whole file in base64
+
+
+class Malformed(Exception):
+    """Ends the reading of a row: the detail says what was expected, `reason` is what it counts as."""
+
+    def __init__(self, detail: str, reason: str = "malformed row") -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def shown(value: Any, letters: int = SHOWN_LETTERS) -> str:
+    """A value for a message, cut where it is long."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= letters else f"{text[:letters]}... ({len(text):,} letters)"
+
 
 @dataclass(frozen=True)
 class ImageBytes:
@@ -27,10 +43,11 @@ class Record:
     rejected: str | None  # None: an SFT sample
     images: tuple[str | ImageBytes, ...] = ()  # paths as the row has them, or content
     folders: tuple[str, ...] = ()  # where to look for paths, in this order
-    answer: str | None = None
+    answer: str | tuple[str, ...] | None = None  # of a question; several are equally right
     repeat_time: float = 1.0  # how often a mixture wants the source per epoch
     history: tuple[tuple[str, str], ...] = ()  # (role, text) of the messages before the question
     margin: float | None = None  # by how much the chosen answer was rated above the rejected
+    prompt_taken_off: bool = False  # both answers began with the prompt
 
     @property
     def kind(self) -> str:
@@ -53,26 +70,3 @@ class Drop:
 
     def canonical(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
-
-
-def as_images(value: Any) -> tuple[str | ImageBytes, ...] | None:
-    """The images of a row: a path, bytes, {bytes, path}, a list of these or nothing; None for anything else."""
-    if value is None or value == "":
-        return ()
-    if isinstance(value, list | tuple):
-        images = [_as_image(item) for item in value]
-        return None if None in images else tuple(image for image in images if image is not None)
-    image = _as_image(value)
-    return None if image is None else (image,)
-
-
-def _as_image(value: Any) -> str | ImageBytes | None:
-    if isinstance(value, str | ImageBytes):
-        return value
-    if isinstance(value, bytes):
-        return ImageBytes(value)
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return ImageBytes(value["bytes"], str(value.get("path") or ""))
-    if isinstance(value, dict) and isinstance(value.get("path"), str):
-        return value["path"]
-    return None

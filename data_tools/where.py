@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pivot.data.samples import Sample, message_text
+from pivot.data.samples import Sample, answers_of, message_text
 
 TEXTS = ("id", "source", "prompt", "chosen", "rejected", "answer")
 COUNTS = tuple(f"{unit}_{field}" for unit in ("words", "letters") for field in ("prompt", "chosen", "rejected"))
@@ -37,10 +37,18 @@ class Condition:
     value: Any  # float, str, or a compiled pattern
 
     def holds(self, row: int, sample: Sample) -> bool:
-        found = facts_of(self.field, row, sample)
+        if self.field == "answer":
+            return self._holds_for_answer(answers_of(sample) or ("",))
+        return self._compare(facts_of(self.field, row, sample))
+
+    def _holds_for_answer(self, answers: tuple[str, ...]) -> bool:
+        """One of the right answers meets it; `!=` means that none is equal."""
+        return (all if self.sign == "!=" else any)(map(self._compare, answers))
+
+    def _compare(self, fact: Any) -> bool:
         if self.sign == "~":
-            return bool(self.value.search(found))
-        return _OPERATORS[self.sign](found, self.value)
+            return bool(self.value.search(fact))
+        return bool(_OPERATORS[self.sign](fact, self.value))
 
 
 def parse_where(text: str) -> Condition:
@@ -82,5 +90,7 @@ def facts_of(field: str, row: int, sample: Sample) -> Any:
 
 
 def text_of(sample: Sample, field: str) -> str:
+    if field == "answer":
+        return " or ".join(answers_of(sample))
     value = sample.get(field)
-    return message_text(value).lstrip("\n") if isinstance(value, list) else str(value or "")
+    return message_text(value).lstrip("\n") if isinstance(value, list) else value or ""

@@ -11,12 +11,12 @@ from data_tools.arguments import count, seed
 from data_tools.console import Output, bytes_text, count_text
 from data_tools.pack import PackOptions, Tally, pack, try_pack
 from data_tools.readers import READERS, find_reader
-from data_tools.readers.generic import FIELDS, parse_mapping
-from data_tools.records import Drop, ImageBytes, Record
+from data_tools.readers.generic import FIELDS, IMAGE, parse_mapping
+from data_tools.records import Drop, ImageBytes, Record, shown
 from data_tools.shuffle import pack_shuffled, try_pack_shuffled
 
 SHOWN_ROWS = 3
-SHOWN_LETTERS = 200
+SHOWN_LETTERS = 200  # of a text in --show-mapping
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -31,7 +31,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--name", help="of the data set and its shards; by default that of SRC")
     command.add_argument("--format", choices=["auto", *READERS], default="auto", metavar="FORMAT", help=_formats())
     command.add_argument(
-        "--map", action="append", default=[], metavar="FIELD=COLUMN", help=f"fields: {', '.join(FIELDS)}; repeatable"
+        "--map",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help=f"fields: {', '.join(FIELDS)}; repeatable; image goes with all formats, image= says that none is there",
     )
     command.add_argument(
         "--show-mapping", action="store_true", help="print three rows as they are understood, and stop"
@@ -123,9 +127,9 @@ def run(options: argparse.Namespace, output: Output) -> int:
         output.say(text)
         return 0
     output.error(
-        f"{tally.num_dropped} of {tally.rows} rows were dropped ({tally.drop_ratio:.1%}), more than --max-drop "
-        f"{options.max_drop:g}; no manifest was written. Mend the input and choose another --out, or run again with a "
-        "larger --max-drop: it resumes"
+        f"{tally.num_lost} of {tally.rows} rows were dropped ({tally.drop_ratio:.1%}; duplicates do not count), more "
+        f"than --max-drop {options.max_drop:g}; no manifest was written. Mend the input and choose "
+        "another --out, or run again with a larger --max-drop: it resumes"
     )
     return 1
 
@@ -142,10 +146,19 @@ def _check(options: argparse.Namespace) -> None:
 
 def _show_tally(tally: Tally, num_samples: int, output: Output) -> None:
     rows = [("read", f"{tally.rows:,}", ""), ("kept", f"{num_samples:,}", "")]
+    with_images = f"{count_text(tally.images, 'image')}" if tally.images else "no sample has an image"
+    rows.append(("  with images", f"{tally.with_images:,}", with_images))
     for reason, dropped in sorted(tally.drops.items()):
         examples = "\n".join(f"{example['id']}: {example['detail']}" for example in tally.examples[reason])
         rows.append((reason, f"{dropped:,}", examples))
     output.table(("rows", "count", "examples"), rows)
+    if tally.recoded:
+        formats = "; ".join(f"{count:,} {format}" for format, count in sorted(tally.recoded.items()))
+        output.say(f"images written as PNG, since shards hold JPEG, PNG and WebP: {formats}")
+    if tally.prompts_taken_off:
+        output.say(
+            f"both answers of {count_text(tally.prompts_taken_off, 'pair')} began with the prompt; it was taken off"
+        )
     if tally.untrained_answers:
         output.say(
             f"{tally.untrained_answers} earlier answers of conversations are context only; --turns each makes a "
@@ -155,7 +168,7 @@ def _show_tally(tally: Tally, num_samples: int, output: Output) -> None:
 
 def _show_mapping(options: argparse.Namespace, mapping: dict[str, str], output: Output) -> int:
     format, reader = find_reader(options.source, options.format, mapping)
-    rows = list(islice(reader.read(options.source, tuple(options.image_root)), SHOWN_ROWS))
+    rows = list(islice(reader.read(options.source, tuple(options.image_root), mapping.get(IMAGE)), SHOWN_ROWS))
     output.say(f"{options.source}: format {format}")
     for row in rows:
         output.table(("field", "value"), _fields(row).items())
@@ -167,13 +180,13 @@ def _show_mapping(options: argparse.Namespace, mapping: dict[str, str], output: 
 
 def _fields(row: Record | Drop) -> dict[str, Any]:
     if isinstance(row, Drop):
-        return {"id": row.id, "dropped": row.reason, "detail": row.detail}
-    images = [f"{len(i.data)} bytes {i.name}" if isinstance(i, ImageBytes) else i for i in row.images]
-    history = "\n".join(f"{role}: {_short(text)}" for role, text in row.history)
-    texts = {name: _short(getattr(row, name) or "-") for name in ("prompt", "chosen", "rejected")}
-    tail = {"images": "\n".join(images) or "-", "answer": row.answer or "-"}
-    return {"id": row.id, "source": row.source, **({"history": history} if history else {}), **texts, **tail}
+        return {"id": shown(row.id), "dropped": row.reason, "detail": row.detail}
+    images = [f"{len(i.data)} bytes {i.name}" if isinstance(i, ImageBytes) else shown(i) for i in row.images]
+    history = "\n".join(f"{role}: {shown(text, SHOWN_LETTERS)}" for role, text in row.history)
+    texts = {name: shown(getattr(row, name) or "-", SHOWN_LETTERS) for name in ("prompt", "chosen", "rejected")}
+    tail = {"images": "\n".join(images) or "-", "answer": _either(row.answer)}
+    return {"id": shown(row.id), "source": row.source, **({"history": history} if history else {}), **texts, **tail}
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} ... ({len(text)} letters)"
+def _either(answer: str | tuple[str, ...] | None) -> str:
+    return " or ".join(answer) if isinstance(answer, tuple) else answer or "-"

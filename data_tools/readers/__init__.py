@@ -1,7 +1,7 @@
 """One module per input format. A reader has two functions and nothing else that others use:
 
-    matches(path) -> bool                                     does `path` look like this format?
-    read(path, image_roots) -> Iterator[Record | Drop]        its rows, in the input's order, one by one
+    matches(path) -> bool                                                does `path` look like this format?
+    read(path, image_roots, image_column) -> Iterator[Record | Drop]     its rows, in the input's order, one by one
 
 Formats whose rows can stand in JSON, CSV, Parquet or a tar alike are told by their fields and share rows.RowReader.
 A new format is a new module and a line below. The first that matches is taken, so the pickier come first.
@@ -26,15 +26,18 @@ from data_tools.readers import (
     trl,
     vlfeedback,
 )
-from data_tools.readers.generic import Generic
-from data_tools.readers.rows import RowFormat, RowReader, peek
+from data_tools.readers.files import peek
+from data_tools.readers.generic import IMAGE, Generic
+from data_tools.readers.rows import RowFormat, RowReader
 from data_tools.readers.tars import TarReader
 from data_tools.records import Drop, Record
 
 
 class Reader(Protocol):
     def matches(self, path: Path) -> bool: ...
-    def read(self, path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]: ...
+    def read(
+        self, path: Path, image_roots: Sequence[Path], image_column: str | None = None
+    ) -> Iterator[Record | Drop]: ...
 
 
 ROW_FORMATS: dict[str, RowFormat] = {
@@ -64,16 +67,18 @@ READERS: dict[str, Reader] = {
 
 
 def find_reader(path: Path, format: str = "auto", mapping: Mapping[str, str] | None = None) -> tuple[str, Reader]:
-    """(name, reader) of `format`, or for `auto` of the first that matches; a mapping means the generic one.
+    """(name, reader) of `format`, or for `auto` of the first that matches.
 
-    Raises ValueError when none does.
+    A mapping of more than the images means the generic one. Raises ValueError when none does.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a folder or file to pack")
-    if mapping:
+    others = [name for name in mapping or {} if name != IMAGE]
+    if mapping and (others or format == "generic"):
         if format not in ("auto", "generic"):
             raise ValueError(
-                f"--map names columns of the generic format, and --format is {format}; leave one of them out"
+                f"--map {others[0]}=... names a column of the generic format, and --format is {format}; leave one of "
+                "them out"
             )
         return "generic", RowReader(Generic(mapping))
     if format != "auto":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_tools.readers.rows import Place, Row, answer_of, images_of, question_of, turns_of
+from data_tools.readers.messages import answer_of, images_in, question_of, turns_of
+from data_tools.readers.rows import Place, Row
 from data_tools.records import Drop, Record
 
 
@@ -23,11 +24,10 @@ def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
     history, question = question_of(turns[:-1], "conversations")
     yield Record(
         id=place.id_of(row),
-        source=str(row.get("data_source") or place.source),
+        source=place.source_of(row, "data_source"),
         prompt=question,
         chosen=answer_of(turns[-1:], "conversations"),
         rejected=None,
-        images=images_of(row, "image", "images"),
-        folders=place.folders,
+        images=images_in(row["conversations"]),
         history=history,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_tools.readers.rows import Place, Row, images_of, optional_text, text_of
+from data_tools.readers.rows import Place, Row, accepted_of, text_of
 from data_tools.records import Drop, Record
 
 
@@ -16,17 +16,11 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    if row.get("image_rejected"):
-        detail = "field image_rejected: both answers must see the same image"
-        yield Drop("rejected image not supported", place.id_of(row), detail)
-        return
     yield Record(
         id=place.id_of(row),
         source=place.source,
         prompt=text_of(row, "prompt"),
         chosen=text_of(row, "chosen"),
         rejected=text_of(row, "rejected"),
-        images=images_of(row, "image", "images"),
-        folders=place.folders,
-        answer=optional_text(row.get("answer")),
+        answer=accepted_of(row),
     )

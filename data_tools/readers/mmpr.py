@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.readers import rlaif_v
-from data_tools.readers.rows import Place, load_json, parse_line, read_row
-from data_tools.records import Drop, Record
+from data_tools.readers.files import load_json, read_json
+from data_tools.readers.rows import Place, read_row
+from data_tools.records import Drop, Record, shown
 
 MAX_META_BYTES = 10_000_000  # of a file by another name: one that large is a list of rows
 
@@ -33,7 +34,7 @@ def matches(path: Path) -> bool:
         return False
 
 
-def read(path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]:
+def read(path: Path, image_roots: Sequence[Path], image_column: str | None = None) -> Iterator[Record | Drop]:
     meta = _meta_path(path)
     bases = [*image_roots, meta.parent, meta.parent.absolute().parent]
     # All entries are looked at before the first row: the 148th is not to end a pack of hours.
@@ -43,10 +44,8 @@ def read(path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]:
     ]
     for name, annotation, root, repeat_time in sets:
         folders = tuple(str(base / root) for base in bases)
-        with annotation.open("rb") as lines:
-            for number, line in enumerate(lines):
-                if line.strip():
-                    yield from _read_line(line, Place(name, f"{number:06d}", folders), repeat_time)
+        for number, row in enumerate(read_json(annotation)):
+            yield from _read_row(row, Place(name, f"{number:06d}", folders), repeat_time, image_column)
 
 
 def _meta_path(path: Path) -> Path:
@@ -67,10 +66,11 @@ def _read_meta(meta: Path) -> dict[str, dict[str, Any]]:
 def _root_and_repeat_time(meta: Path, name: str, entry: dict[str, Any]) -> tuple[str, float]:
     root, repeat_time = entry.get("root") or "", entry.get("repeat_time", 1)
     if not isinstance(root, str):
-        raise ValueError(f"{meta}: root of {name!r} is {root!r}, expected the folder of its images as text")
+        raise ValueError(f"{meta}: root of {name!r} is {shown(repr(root))}, expected the folder of its images as text")
     is_number = isinstance(repeat_time, int | float) and not isinstance(repeat_time, bool)
     if not is_number or not 0 <= repeat_time <= sys.float_info.max:
-        raise ValueError(f"{meta}: repeat_time of {name!r} is {repeat_time!r}, expected a number, 0 or more")
+        value = shown(repr(repeat_time), 500)
+        raise ValueError(f"{meta}: repeat_time of {name!r} is {value}, expected a number, 0 or more")
     return root, float(repeat_time)
 
 
@@ -84,11 +84,11 @@ def _find(bases: Sequence[Path], annotation: str, name: str) -> Path:
     )
 
 
-def _read_line(line: bytes, place: Place, repeat_time: float) -> Iterator[Record | Drop]:
-    """The pair of a line; its id is its number, since not every set gives ids."""
+def _read_row(row: Any, place: Place, repeat_time: float, image_column: str | None) -> Iterator[Record | Drop]:
+    """The pair of a row; its id is its number, since not every set gives ids."""
     id = place.id_of(None)
-    for row in read_row(rlaif_v, parse_line(line), place):
-        if isinstance(row, Record):
-            yield replace(row, id=id, source=place.source, repeat_time=repeat_time)
+    for found in read_row(rlaif_v, row, place, image_column):
+        if isinstance(found, Record):
+            yield replace(found, id=id, source=place.source, repeat_time=repeat_time)
         else:
-            yield replace(row, id=id)
+            yield replace(found, id=id)

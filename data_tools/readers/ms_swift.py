@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_tools.readers.rows import Malformed, Place, Row, answer_of, images_of, question_of, turns_of
+from data_tools.readers.messages import Turn, answer_of, images_in, question_of, turns_of
+from data_tools.readers.rows import Place, Row
 from data_tools.records import Drop, Record
 
 
@@ -16,29 +17,21 @@ def fits(row: Row) -> bool:
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
     turns = turns_of(row.get("messages"), "messages", "role", "content")
     history, question = question_of(turns[:-1], "messages")
-    images = images_of(row, "images", "image")
-    if row.get("rejected_images") and images_of(row, "rejected_images") != images:
-        detail = "field rejected_images: both answers must see the same image"
-        yield Drop("rejected image not supported", place.id_of(row), detail)
-        return
     yield Record(
         id=place.id_of(row),
         source=place.source,
         prompt=question,
         chosen=answer_of(turns[-1:], "messages"),
         rejected=_rejected(row, [*history, ("user", question)]),
-        images=images,
-        folders=place.folders,
+        images=images_in(row["messages"], "content"),
         history=history,
     )
 
 
-def _rejected(row: Row, prompt: list[tuple[str, str]]) -> str | None:
+def _rejected(row: Row, prompt: list[Turn]) -> str | None:
     if isinstance(row.get("rejected_response"), str):
         return row["rejected_response"]
     if row.get("rejected_messages") is None:
         return None
     turns = turns_of(row["rejected_messages"], "rejected_messages", "role", "content")
-    if turns[:-1] not in ([], prompt):
-        raise Malformed("messages and rejected_messages ask different questions")
-    return answer_of(turns[-1:], "rejected_messages")
+    return answer_of(turns, "rejected_messages", prompt)

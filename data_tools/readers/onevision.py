@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.readers import llava
-from data_tools.readers.rows import Place, read_row, read_rows
+from data_tools.readers.files import read_rows
+from data_tools.readers.rows import Place, read_row
 from data_tools.records import Drop, Record
 
 
@@ -25,14 +26,14 @@ def matches(path: Path) -> bool:
     return "json_path" in path.read_text("utf-8")
 
 
-def read(path: Path, image_roots: Sequence[Path]) -> Iterator[Record | Drop]:
+def read(path: Path, image_roots: Sequence[Path], image_column: str | None = None) -> Iterator[Record | Drop]:
     for entry in _entries(path):
         file = _find(path, str(entry["json_path"]))
         folders = tuple(str(folder) for folder in [*image_roots, file.parent, path.parent])
         wanted = _wanted(path, file, str(entry.get("sampling_strategy") or "all"))
         for number, row in enumerate(read_rows(file)):
             if wanted is None or number in wanted:
-                yield from read_row(llava, row, Place(file.stem, f"{number:09d}", folders))
+                yield from read_row(llava, row, Place(file.stem, f"{number:09d}", folders), image_column)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

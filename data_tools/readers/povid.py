@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_tools.readers.rows import Malformed, Place, Row, answer_of, images_of, question_of, turns_of
-from data_tools.records import Drop, Record
+from data_tools.readers.messages import answer_of, images_in, question_of, same_turns, turns_of
+from data_tools.readers.rows import Place, Row
+from data_tools.records import Drop, Malformed, Record
 
 
 def fits(row: Row) -> bool:
@@ -15,9 +16,7 @@ def fits(row: Row) -> bool:
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
     chosen = turns_of(row.get("conversations"), "conversations")
     rejected = turns_of(row.get("rejected_conversations"), "rejected_conversations")
-    if [text.replace("<image>", "").strip() for _, text in chosen[:-1]] != [
-        text.replace("<image>", "").strip() for _, text in rejected[:-1]
-    ]:
+    if not same_turns(chosen[:-1], rejected[:-1]):
         raise Malformed("conversations and rejected_conversations ask different questions")
     history, question = question_of(chosen[:-1], "conversations")
     yield Record(
@@ -26,7 +25,6 @@ def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
         prompt=question,
         chosen=answer_of(chosen[-1:], "conversations"),
         rejected=answer_of(rejected[-1:], "rejected_conversations"),
-        images=images_of(row, "image", "images"),
-        folders=place.folders,
+        images=images_in(row["conversations"]),
         history=history,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_tools.readers import rlaif_v
-from data_tools.readers.rows import Malformed, Place, Row, load_json
-from data_tools.records import Drop, Record
+from data_tools.readers.files import load_json
+from data_tools.readers.rows import Place, Row
+from data_tools.records import Drop, Malformed, Record
 
 
 def fits(row: Row) -> bool:

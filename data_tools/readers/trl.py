@@ -1,6 +1,7 @@
 """TRL's vision format: `prompt`, `chosen`, `rejected` as lists of {role, content}, `images` as a list.
 
-Content is text or parts. Without `prompt` the messages that chosen and rejected share at their start are the prompt.
+Content is text or parts. Without `prompt` the messages that chosen and rejected share at their start are the prompt;
+with it, chosen and rejected may be whole conversations that begin with its messages.
 Our own samples have this form too, so that packed shards can be packed again.
 """
 
@@ -9,18 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data_tools.readers.rows import (
-    Malformed,
-    Place,
-    Row,
-    Turn,
-    answer_of,
-    images_of,
-    optional_text,
-    question_of,
-    turns_of,
-)
-from data_tools.records import Drop, Record
+from data_tools.readers.messages import Turn, answer_of, images_in, question_of, same_turns, turns_of
+from data_tools.readers.rows import Place, Row, accepted_of
+from data_tools.records import Drop, Malformed, Record
 
 
 def fits(row: Row) -> bool:
@@ -32,29 +24,34 @@ def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
     rejected = None if row.get("rejected") is None else _turns(row["rejected"], "rejected", "assistant")
     if row.get("prompt") is not None:
         prompt = _turns(row["prompt"], "prompt", "user")
+        carried = images_in(_messages(row["prompt"]), "content") or images_in(_messages(row["chosen"]), "content")
     elif rejected is not None:
         shared = min(len(chosen), len(rejected)) - 1
-        if chosen[:shared] != rejected[:shared]:
+        if not same_turns(chosen[:shared], rejected[:shared]):
             raise Malformed("no prompt, and chosen and rejected differ before their last message")
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        prompt, carried = chosen[:shared], images_in(row["chosen"], "content")
+        chosen, rejected = chosen[shared:], rejected[shared:]
     else:
-        prompt, chosen = chosen[:-1], chosen[-1:]
+        prompt, chosen, carried = chosen[:-1], chosen[-1:], images_in(row["chosen"], "content")
     history, question = question_of(prompt, "prompt")
     yield Record(
         id=place.id_of(row),
-        source=str(row.get("source") or place.source),
+        source=place.source_of(row),
         prompt=question,
-        chosen=answer_of(chosen, "chosen"),
-        rejected=None if rejected is None else answer_of(rejected, "rejected"),
-        images=images_of(row, "images", "image"),
-        folders=place.folders,
-        answer=optional_text(row.get("answer")),
+        chosen=answer_of(chosen, "chosen", prompt),
+        rejected=None if rejected is None else answer_of(rejected, "rejected", prompt),
+        images=carried,
+        answer=accepted_of(row),
         history=history,
     )
 
 
 def _turns(value: Any, field: str, role: str) -> list[Turn]:
     return [(role, value)] if isinstance(value, str) else turns_of(value, field, "role", "content")
+
+
+def _messages(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _is_messages(value: Any) -> bool:

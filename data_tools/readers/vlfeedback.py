@@ -12,8 +12,8 @@ from itertools import combinations
 from math import isfinite
 from typing import Any
 
-from data_tools.readers.rows import Malformed, Place, Row, images_of, text_of
-from data_tools.records import Drop, Record
+from data_tools.readers.rows import Place, Row, text_of
+from data_tools.records import Drop, Malformed, Record
 
 
 def fits(row: Row) -> bool:
@@ -21,7 +21,7 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    id, images, found = place.id_of(row), images_of(row, "image", "images", "img_path"), 0
+    id, found = place.id_of(row), 0
     scored = [(score, text) for text, score in _scored(row.get("completions")) if score is not None]
     for (one, left), (other, right) in combinations(scored, 2):
         if one == other:
@@ -33,8 +33,6 @@ def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
             prompt=text_of(row, "prompt"),
             chosen=best,
             rejected=worst,
-            images=images,
-            folders=place.folders,
             margin=abs(one - other),
         )
         found += 1

@@ -5,9 +5,10 @@
      "chosen":   [{"role": "assistant", "content": "A red cup."}],
      "rejected": [{"role": "assistant", "content": "Two blue plates."}],
      "images":   [{"member": "jpg", "w": 640, "h": 480, "sha256": "...", "origin": "coco/000.jpg"}],
-     "answer": null, "rejected_images": null, "margin": null, "source": "rlaif-v", "meta": {}}
+     "answer": "a red cup", "rejected_images": null, "margin": null, "source": "rlaif-v", "meta": {}}
 
-The image parts of the prompt name the images 0, 1, ... in this order, each once; completions hold text only.
+The image parts of the prompt name the images 0, 1, ... in this order, each once; completions hold text only. `answer`
+is what a generated answer is compared with: a text, a list of equally right ones, or null.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def check_sample(sample: Any) -> None:
         raise ValueError("field images must be a list")
     for image in images:
         if not MEMBER_PATTERN.fullmatch(str(image.get("member"))) or not image.get("sha256"):
-            raise ValueError(f"field images holds {image!r}, expected member (an image extension) and sha256")
+            raise ValueError(f"field images holds {image!r:.200}, expected member (an image extension) and sha256")
     named = [part["image"] for part in image_parts(sample["prompt"])]
     if named != list(range(len(images))):
         raise ValueError(
@@ -68,6 +69,7 @@ def check_sample(sample: Any) -> None:
     for role in ROLES_OF_KIND[kind]:
         if image_parts(sample[role]):
             raise ValueError(f"field {role} holds an image part; only the prompt may")
+    answers_of(sample)
 
 
 def sample_shape(extensions: Iterable[str], sample: Sample) -> str:
@@ -95,6 +97,17 @@ def _unite(one: Any, other: Any) -> Any:
     if isinstance(one, list) and isinstance(other, list):
         return [_unite(one[0], other[0])]
     return other if one is None else one
+
+
+def answers_of(sample: Sample) -> tuple[str, ...]:
+    """The right answers to a sample's question; () when it carries none."""
+    answer = sample.get("answer")
+    answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
+    if not all(isinstance(one, str) for one in answers):
+        raise ValueError(
+            f"sample {sample.get('id')}: answer is {answer!r:.200}, expected a string or a list of strings"
+        )
+    return tuple(one for one in answers if one)
 
 
 def image_parts(messages: list[dict]) -> list[dict]:
@@ -126,7 +139,7 @@ def _check_messages(field: str, messages: Any) -> None:
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"field {field} holds {message!r}, expected a message with role and content")
+            raise ValueError(f"field {field} holds {message!r:.200}, expected a message with role and content")
         if isinstance(content, str):
             continue
         if not isinstance(content, list) or not all(_is_part(part) for part in content):

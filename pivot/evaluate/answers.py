@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pivot.data.samples import answers_of
+
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
@@ -31,9 +33,5 @@ def is_right(generated: str, accepted: Sequence[str]) -> bool:
 
 
 def accepted_answers(sample: dict[str, Any]) -> tuple[str, ...]:
-    """A sample's `answer`, a string or a list of equally right ones; () when it carries none."""
-    found = sample.get("answer")
-    answers = [found] if isinstance(found, str) else found or []
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"sample {sample.get('id')}: answer is {found!r}, expected a string or a list of strings")
-    return tuple(answer for answer in answers if normalise_answer(answer))
+    """The sample's right answers that say anything once they are normalised; () when it carries none."""
+    return tuple(answer for answer in answers_of(sample) if normalise_answer(answer))

@@ -17,7 +17,7 @@ def root(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "images" / "broken.jpg").write_bytes(image_bytes(1, "JPEG")[:300])
-    (tmp_path / "images" / "photo.gif").write_bytes(image_bytes(1, "GIF"))
+    (tmp_path / "images" / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.png").write_bytes(image_bytes(2))
     return tmp_path
@@ -82,7 +82,7 @@ def test_placeholders_become_parts(prompt, num_images, parts):
         ({"images": ("",)}, "missing image"),
         ({"images": ("a\0.png",)}, "missing image"),
         ({"images": ("broken.jpg",)}, "undecodable image"),
-        ({"images": ("photo.gif",)}, "undecodable image"),
+        ({"images": ("drawing.svg",)}, "undecodable image"),
         ({"images": ("http://127.0.0.1:9/a.png",)}, "URL"),
         ({"images": ("file:///etc/passwd",)}, "URL"),
         ({"images": ("../elsewhere/b.png",)}, "path outside the roots"),

@@ -351,7 +351,8 @@ def test_odd_rows_cost_nothing_but_themselves(images, tmp_path, format):
     samples = [shards.read_text(row) for row in range(len(shards))]
     texts = [[part["text"] for part in sample["prompt"][0]["content"] if part["type"] == "text"] for sample in samples]
     assert [[q] for q, _, _ in PAIRS] == [text for text in texts if text and text[0].startswith("What")]
-    assert shards.manifest["drops"]["malformed row"] >= len(odd) // 4
+    broken = [row for row in odd if "NaN" not in json.dumps(row)]  # NaN is no value, as null is none
+    assert shards.manifest["drops"]["malformed row"] >= len(broken) // 4
     for tar in (out / "shards").iterdir():
         assert not any(word in tar.read_bytes() for word in (b"NaN", b"Infinity")), "that is no JSON"
     details = [row.detail for row in READERS[format].read(source, [images]) if isinstance(row, Drop)]

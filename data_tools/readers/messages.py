@@ -1,0 +1,135 @@
+"""Conversations as lists of messages: their texts, the pictures that they carry, and prompts that answers repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from data_tools.readers.media import UNREAD, Image
+from data_tools.readers.pictures import as_images, is_absent
+from data_tools.records import Malformed, Record, shown
+
+IMAGE_PLACEHOLDER = "<image>"
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+LEAST_REPEATED_WORDS = 3  # an answer may begin like a shorter prompt by chance
+Turn = tuple[str, str]  # role, text
+Part = dict[str, Any]
+
+
+def turns_of(messages: Any, field: str, speaker: str = "from", text: str = "value") -> list[Turn]:
+    """(role, text) of a conversation; a content list becomes text with `<image>` where its images are."""
+    if not isinstance(messages, list):
+        raise Malformed(f"expected {field} as a list of messages, found {type(messages).__name__}")
+    turns = []
+    for message in messages:
+        role = SPEAKERS.get(str(message.get(speaker, ""))) if isinstance(message, dict) else None
+        if role is None:
+            raise Malformed(f"{field} holds {shown(message)}, expected {speaker} to be one of {', '.join(SPEAKERS)}")
+        turns.append((role, _content(message.get(text), field, role)))
+    return turns
+
+
+def images_in(messages: Any, text: str = "value") -> tuple[Image, ...]:
+    """The pictures that the parts of a conversation carry themselves; () where they only say where one belongs."""
+    contents = [message.get(text) for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if _is_image(part)]
+    carried = [as_images(_carried(part)) for part in parts]
+    if not any(carried):
+        return ()
+    if not all(carried):
+        raise Malformed("some parts of type image carry a picture that can be read, and others do not", UNREAD)
+    return tuple(image for images in carried for image in images or ())
+
+
+def question_of(turns: Sequence[Turn], field: str) -> tuple[tuple[Turn, ...], str]:
+    """(history, question): the last message, which must be the user's, and those before."""
+    if not turns or turns[-1][0] != "user":
+        raise Malformed(f"expected {field} to end with a message of the user, found {[role for role, _ in turns]}")
+    return tuple(turns[:-1]), turns[-1][1]
+
+
+def answer_of(turns: Sequence[Turn], field: str, prompt: Sequence[Turn] = ()) -> str:
+    """The text of the one message of the assistant, or of the last one behind those of `prompt`."""
+    if turns[:-1] and same_turns(turns[:-1], prompt):
+        turns = turns[-1:]
+    if len(turns) != 1 or turns[0][0] != "assistant":
+        behind = ", alone or behind the messages of the prompt" if prompt else ""
+        roles = [role for role, _ in turns]
+        raise Malformed(f"expected {field} to be one message of the assistant{behind}, found {roles}")
+    return turns[0][1]
+
+
+def same_turns(some: Sequence[Turn], others: Sequence[Turn]) -> bool:
+    """Whether two conversations say the same; that only one of them says where the images belong is no difference."""
+    return [(role, _bare(text)) for role, text in some] == [(role, _bare(text)) for role, text in others]
+
+
+def take_off_prompt(record: Record) -> Record:
+    """The pair without the prompt's text at the start of its answers, where both repeat all of it."""
+    prompt = _bare(record.prompt)
+    if record.rejected is None or len(prompt.split()) < LEAST_REPEATED_WORDS:
+        return record
+    rests = [_behind(prompt, answer) for answer in (record.chosen, record.rejected)]
+    if not all(rests):
+        return record
+    return replace(record, chosen=rests[0], rejected=rests[1], prompt_taken_off=True)
+
+
+def _behind(prompt: str, answer: str) -> str:
+    """What follows the prompt in an answer, '' where it does not begin with it as whole words."""
+    answer = answer.lstrip().removeprefix(IMAGE_PLACEHOLDER).lstrip()
+    rest = answer.removeprefix(prompt)
+    if rest == answer or (rest[:1].isalnum() and prompt[-1].isalnum()):
+        return ""
+    return rest.strip()
+
+
+def _bare(text: str) -> str:
+    return text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def _content(content: Any, field: str, role: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return "".join(_text_of(part, field, role) for part in content)
+    raise Malformed(f"{field}: expected a message's content as text or a list of parts, found {shown(content)}")
+
+
+def _text_of(part: Part, field: str, role: str) -> str:
+    if _is_image(part):
+        if role == "assistant":
+            raise Malformed(f"{field} holds an image in a message of the assistant; answers are text", UNREAD)
+        return IMAGE_PLACEHOLDER
+    kind, text = part.get("type"), part.get("text")
+    if kind not in TEXT_PARTS or not is_absent(_carried(part)):
+        raise Malformed(
+            f"{field} holds a part of type {shown(kind)}, and only those of type text and image are read; leave the "
+            "row out, or name text columns with --map prompt=COLUMN and the like",
+            UNREAD,
+        )
+    if text is not None and not isinstance(text, str):
+        raise Malformed(f"{field}: expected the text of a part as text, found {shown(text)}")
+    return text or ""
+
+
+def _is_image(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") in IMAGE_PARTS or (part.get("type") is None and not is_absent(_carried(part)))
+
+
+def _carried(part: Part) -> Any:
+    """What a part holds beside its type and text; a number says which of the row's images is meant."""
+    others = {name: value for name, value in part.items() if name not in ("type", "text")}
+    return {name: value for name, value in others.items() if not isinstance(value, int | float)}
