@@ -34,6 +34,8 @@ from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
 from pivot.versions import describe_untested
 
+LANGUAGE_MODEL = COMPONENTS[-1]  # the one that text alone goes through
+
 Say = Callable[[str], None]
 
 
@@ -87,6 +89,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
             )
     plan_settings = settle_plan(config, shards, processor, cache_dir, world, skeleton)
     plan = Plan(**plan_settings)
+    _require_images(config, plan)
     distributed.require_equal("the data plan", plan.fingerprint)
     steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
     held_out = _open_held_out(config, processor, objective, world, say)
@@ -106,6 +109,22 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
         dtype=dtype,
         attention=attention,
     )
+
+
+def _require_images(config: Config, plan: Plan) -> None:
+    """Raise ValueError where what images go through is trained without any: only weight decay would move it."""
+    lost = [name for name in config.optim.trained() if name != LANGUAGE_MODEL]
+    if lost and not num_with_images(plan):
+        raise ValueError(
+            f"optim.{lost[0]}.lr is {config.optim.component(lost[0]).lr:g}, but none of the {int(plan.kept.sum())} "
+            "samples of data.train has an image; pack the data with its images (python -m data_tools info counts "
+            f"them), or freeze {' and '.join(lost)} with lr: null"
+        )
+
+
+def num_with_images(plan: Plan) -> int:
+    """How many of the samples that the plan keeps show an image."""
+    return int((plan.lengths.image[plan.kept] > 0).sum())
 
 
 def _open_held_out(
@@ -261,7 +280,8 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
             *([untested] if untested else []),
             f"data       {train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
             f"held out   {held_out}",
-            f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each",
+            f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each; in "
+            f"{num_with_images(plan)} of {int(plan.kept.sum())} samples",
             f"steps      {inputs.total_steps} of {config.train.global_batch_size} pairs "
             f"({inputs.total_steps / plan.steps_per_epoch:.2f} epochs)",
             f"rates      {rates}",
