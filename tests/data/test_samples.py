@@ -54,6 +54,9 @@ def test_roles_follow_the_kind():
         (["images", 0, "member"], "../jpg", "an image extension"),
         (["images", 0, "sha256"], "", "sha256"),
         (["chosen", 0, "content"], [{"type": "image", "image": 0}], "field chosen holds an image part"),
+        (["answer"], 3.0, "sample a/1: answer is 3.0, expected a string or a list of strings"),
+        (["answer"], {"text": "cup"}, "expected a string or a list of strings"),
+        (["answer"], ["cup", None], "expected a string or a list of strings"),
     ],
     ids=str,
 )

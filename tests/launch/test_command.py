@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.pack import PackOptions, pack
 from launch.command import main, report
 from pivot import checkpoint
 from pivot.config import REPOSITORY
 from pivot.data import remote
 from pivot.distributed import FailedElsewhere
+from tests.data.fakes import write_rows
 from tests.runs import write_dpo_run
 
 
@@ -36,6 +38,31 @@ def test_check_shows_what_would_run_and_leaves_nothing(folder: Path, capsys: pyt
     assert re.search(r"work       [\d.]+ MFLOP a pair, [\d.]+ MFLOP in all", shown)
     assert "vision_tower 0.0001, projector 0.001, language_model 0.0001" in shown
     assert not (folder / "run").exists()
+
+
+def test_the_first_screen_counts_the_samples_with_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every fourth of the 24 pairs has none."""
+    assert command(folder, "--check") == 0
+    assert "tokens each; in 18 of 24 samples" in capsys.readouterr().out
+
+
+TEXT_ALONE = ["optim.vision_tower.lr=null", "optim.projector.lr=null"]
+
+
+def test_what_images_go_through_is_not_trained_without_any(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By --check and by the run itself, before weights load; frozen, text alone may be trained on."""
+    rows = [{"prompt": f"What is {i}?", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    pack(PackOptions(source=write_rows(folder / "texts", rows), out=folder / "texts-set"))
+    data = f"data.train={folder}/texts-set"
+    for flags, name, rate in (([], "vision_tower", "0.0001"), (TEXT_ALONE[:1], "projector", "0.001")):
+        for check in ([], ["--check"]):
+            assert command(folder, *check, data, *flags) == 2
+            shown = capsys.readouterr().err
+            said = f"optim.{name}.lr is {rate}, but none of the 8 samples of data.train has an image; pack the data"
+            assert shown.count("error:") == 1 and said in shown
+    assert not (folder / "run").exists()
+    assert command(folder, "--check", data, *TEXT_ALONE) == 0
+    assert "in 0 of 8 samples" in capsys.readouterr().out
 
 
 def test_print_config_resolves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
