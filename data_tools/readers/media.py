@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from data_tools.readers.pictures import MEDIA_PATH, REMOTE, as_images, is_absent, is_embedded_media
@@ -21,11 +22,10 @@ UNREAD = "unread media"
 _PICTURES = frozenset({"image", "img", "picture", "pic", "photo", "screenshot"})  # also in the plural
 _PICTURES |= {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 _FILMS = frozenset({"video", "audio", "sound", "frame", "clip", "mp"})  # mp4, mp3
-# Words that may stand beside these in the name of a field which holds the thing itself. `image_id` and
-# `image_caption` speak about a picture.
-_BESIDE = frozenset({"path", "file", "filename", "name", "url", "uri", "byte", "data", "base", "b", "list", "content"})
-_BESIDE |= {"input", "raw", "original", "decoded", "question", "prompt", "query", "local", "relative", "full", "main"}
-_BESIDE |= {"source", "src"}
+# Words that may stand beside these in the name of a field which holds the thing itself. `image_id`, `image_caption` and
+# `image_source` speak about a picture: what they hold must look like one.
+_BESIDE = frozenset({"path", "file", "filename", "name", "url", "uri", "byte", "data", "base", "b", "list", "input"})
+_BESIDE |= {"raw", "original", "decoded", "local", "relative", "full", "main"}
 _ANSWERS = frozenset({"chosen", "rejected"})
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _USUAL = ("image", "images")  # taken before others where several fields name the same pictures
@@ -52,9 +52,10 @@ def images_of(row: Row, column: str | None = None, *, carried: Sequence[Image] =
     return images
 
 
-def without_images(row: Row) -> Row:
-    """The row without the fields that `images_of` reads."""
-    return {name: value for name, value in row.items() if _kind_of(name) != "picture"}
+def part_images(row: Row) -> tuple[Row, Row]:
+    """(the fields that pictures are read from, all others)."""
+    pictures = {name: value for name, value in row.items() if _kind_of(name) == "picture"}
+    return pictures, {name: value for name, value in row.items() if name not in pictures}
 
 
 def reach(row: Row, column: str) -> Any:
@@ -77,6 +78,7 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+@lru_cache(maxsize=1024)  # the rows of a set have the same names
 def _kind_of(name: str) -> str | None:
     """What a field holds by its name: a picture, a picture of one answer, a film (or a sound), or None."""
     words = {word.lower().removesuffix("s") for word in _WORD.findall(name)}
@@ -144,10 +146,15 @@ def _require_read(name: str, value: Any, images: tuple[Image, ...]) -> None:
     if kind in ("picture", "answer's picture") or name in _TEXTS:
         return
     for inner in _leaves(value):
-        names_media = isinstance(inner, str) and MEDIA_PATH.fullmatch(inner.partition("?")[0])
         # Beside pictures that were read, a name tells where they come from; a whole file is one more.
-        if is_embedded_media(inner) or (names_media and not images):
+        if is_embedded_media(inner) or (not images and _names_media(inner)):
             raise Malformed(_unread(name, inner, name), UNREAD)
+
+
+def _names_media(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    return MEDIA_PATH.fullmatch(value.partition("?")[0] if REMOTE.match(value) else value) is not None
 
 
 def _unread(name: str, value: Any, column: str) -> str:

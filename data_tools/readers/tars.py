@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_tools.readers.files import parse_line
-from data_tools.readers.media import UNREAD, images_of, natural_key, without_images
+from data_tools.readers.media import UNREAD, images_of, natural_key, part_images
 from data_tools.readers.pictures import MEDIA_PATH, begins_like_media, is_picture
 from data_tools.readers.rows import Place, RowFormat, read_row
 from data_tools.records import Drop, ImageBytes, Malformed, Record, shown
@@ -75,7 +75,8 @@ class TarReader:
             yield from read_row(format, row, place, image_column)
             return
         images = [ImageBytes(members.pictures[name], f"{key}{name}") for name in extensions]
-        yield from read_row(format, {**without_images(row), "image": images}, place)
+        _, others = part_images(row)
+        yield from read_row(format, {**others, "image": images}, place, None if image_column is None else "image")
 
 
 def _chosen(members: _Members, row: dict[str, Any], image_column: str | None) -> list[str]:
@@ -96,7 +97,7 @@ def _chosen(members: _Members, row: dict[str, Any], image_column: str | None) ->
             UNREAD,
         )
     extensions = sorted(members.pictures, key=natural_key)
-    named = images_of(row)
+    named = images_of(part_images(row)[0])
     if extensions and named and len(named) != len(extensions):
         raise Malformed(
             f"{members.key}.json names {len(named)} images, and the members {', '.join(extensions)} are there; --map "

@@ -111,6 +111,8 @@ def read_all(folder):
         {"audio": {"bytes": "x", "path": "a.wav"}},
         {"image": "a.png", "video": "b.mp4"},
         {"file_name": "a.png"},
+        {"question_image": "a.png"},
+        {"url": "https://example.org/a.png?w=3"},
         {"image_id": "coco/0012.JPG"},
         {"meta": {"source": {"file": "a.tiff"}}},
         {"extra": ["x", {"y": IN_BASE64}]},
@@ -141,6 +143,7 @@ def test_what_looks_like_media_and_is_not_read_drops_the_row(tmp_path, fields):
         {"image_id": 12, "image_caption": "A cup.", "num_images": 0, "has_video": False, "video": None, "frame": 7},
         {"id": "a/1.jpg", "answer": "logo.png", "chosen": "cup.jpg"},
         {"note": "The file is called cup.jpg, I think."},
+        {"note": "Is it cup.jpg? I think so.", "image_question": "What?", "image_source": "coco"},
     ],
     ids=str,
 )
@@ -377,6 +380,20 @@ def test_a_row_that_names_more_pictures_than_the_tar_has(tmp_path):
     result = pack(PackOptions(source=tar_of(tmp_path / "b.tar", [("0.json", named), ("1.json", ROW)]),
                               out=tmp_path / "set", max_drop=0.5))  # fmt: skip
     assert result.tally.drops == {"missing image": 1}
+
+
+def test_what_a_row_says_about_its_member_is_no_other_picture(tmp_path):
+    """As img2dataset writes it: where the picture was found, and what it was called."""
+    row = PAIR | {
+        "url": "https://example.org/x/7.jpg?w=3",
+        "file_name": "7.jpg",
+        "image": "7.jpg",
+        "image_source": "web",
+    }
+    assert read_tar(tmp_path, ("0.json", json.dumps(row).encode()), ("0.jpg", JPEG)) == [(ImageBytes(JPEG, "0.jpg"),)]
+    film = json.dumps(PAIR | {"video": "a.mp4"}).encode()
+    assert read_tar(tmp_path, ("0.json", film), ("0.jpg", JPEG)) == ["unread media"]
+    assert read_tar(tmp_path, ("0.json", film), ("0.jpg", JPEG), image="jpg") == [(ImageBytes(JPEG, "0.jpg"),)]
 
 
 def test_a_row_in_a_tar_may_hold_its_own_picture(tmp_path):
