@@ -25,6 +25,7 @@ from pivot.data.images import ImageError, decode_rgb, image_extension
 from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample, sample_shape
 
 MAX_IMAGE_BYTES = 100_000_000  # of one file; read whole into memory
+SHOWN_PATH = 200  # letters of a path in a message; what is longer is no path that anybody wrote
 JPEG_QUALITY = 92  # of images that are made smaller
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # the row's fault; others the machine's
 
@@ -133,7 +134,7 @@ def _read_image(image: str | ImageBytes, folders: Sequence[str], trusted: Sequen
 def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> Path:
     """The file that `path` names, looked for in `folders`; its real place must lie below one of `trusted`."""
     if REMOTE.match(path):
-        raise Rejected("URL", f"{shown(path)}: nothing is fetched; download the images first")
+        raise Rejected("URL", f"{shown(path, SHOWN_PATH)}: nothing is fetched; download the images first")
     if "\0" in path:
         raise Rejected("missing image", f"{shown(repr(path))} is no file name")
     outside = None
@@ -143,16 +144,17 @@ def _find_image(path: str, folders: Sequence[str], trusted: Sequence[Path]) -> P
             outside = outside or real
         elif (size := _file_size(real)) is not None:
             if size > MAX_IMAGE_BYTES:
-                raise Rejected("undecodable image", f"{shown(path)}: more than {MAX_IMAGE_BYTES} bytes")
+                raise Rejected("undecodable image", f"{shown(path, SHOWN_PATH)}: more than {MAX_IMAGE_BYTES} bytes")
             return real
     if outside is not None:
+        there, folder = shown(str(outside), SHOWN_PATH), shown(str(outside.parent), SHOWN_PATH)
         raise Rejected(
             "path outside the roots",
-            f"{shown(path)} leads to {shown(str(outside), 200)}; if that is meant, admit its folder with --allow-root "
-            f"{shown(str(outside.parent), 200)}",
+            f"{shown(path, SHOWN_PATH)} leads to {there}; if that is meant, admit its "
+            f"folder with --allow-root {folder}",
         )
     where = f"is not in {', '.join(folders)}" if folders else "is named and not there"
-    raise Rejected("missing image", f"{shown(path)} {where}")
+    raise Rejected("missing image", f"{shown(path, SHOWN_PATH)} {where}")
 
 
 def _file_size(path: Path) -> int | None:
@@ -186,7 +188,7 @@ def _pack(record: Record, files: list[bytes], max_side: int | None) -> Packed:
             extension = image_extension(data)
             rgb = decode_rgb(data)  # upright, as the loader will see it
         except ImageError as error:
-            raise Rejected("undecodable image", f"{shown(origin)}: {error}") from error
+            raise Rejected("undecodable image", f"{shown(origin, SHOWN_PATH)}: {error}") from error
         recoded += [format] if format else []
         height, width = rgb.shape[:2]
         if max_side is not None and max(height, width) > max_side:

@@ -250,7 +250,12 @@ def test_duplicates_do_not_count_against_the_limit(tmp_path):
     assert not result.complete and result.tally.drop_ratio == 1 / 9
 
 
-def test_the_number_of_workers_changes_nothing_of_it(tmp_path):
+class Cut(Exception):
+    pass
+
+
+def test_neither_workers_nor_an_interruption_change_anything_of_it(tmp_path):
+    """Images that are written as PNG, lists of answers, a duplicate and a drop: the same set and the same report."""
     rows = []
     for i in range(40):
         format = ("GIF", "BMP", "PNG")[i % 3]
@@ -258,11 +263,16 @@ def test_the_number_of_workers_changes_nothing_of_it(tmp_path):
         rows.append(PAIR | {"prompt": f"What is {i}?", "img_path": f"{i}.{format}", "answer": ["a", "b"][: i % 3]})
     source = tmp_path / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, [*rows, rows[0], PAIR | {"video": "a.mp4"}])))
-    results = [
-        pack(PackOptions(source=source, out=tmp_path / f"set{workers}", workers=workers, max_drop=0.1))
-        for workers in (1, 2)
-    ]
+
+    def stop(tally):
+        if tally.rows == 30:
+            raise Cut
+
+    settings = {"source": source, "max_drop": 0.1, "samples_per_shard": 7}
+    with pytest.raises(Cut):
+        pack(PackOptions(out=tmp_path / "set2", **settings), stop)
+    results = [pack(PackOptions(out=tmp_path / f"set{n}", workers=n, **settings)) for n in (1, 2)]
     assert results[0] == results[1] and results[0].tally.drops == {"duplicate": 1, "unread media": 1}
     assert results[0].tally.recoded == {"GIF": 14, "BMP": 13} and results[0].tally.with_images == 40
-    one, other = (ShardSet.open(tmp_path / f"set{workers}") for workers in (1, 2))
+    one, other = (ShardSet.open(tmp_path / f"set{n}") for n in (1, 2))
     assert one.fingerprint == other.fingerprint
