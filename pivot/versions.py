@@ -13,7 +13,7 @@ from importlib import metadata
 RANGES = {
     "torch": ">=2.11,<2.16",
     "torchvision": ">=0.26",  # open_clip needs it; pip picks the release that belongs to torch's
-    "deepspeed": ">=0.19.5,<0.20",
+    "deepspeed": ">=0.19.8,<0.20",  # before, ZeRO-3 trains other weights beside torch 2.11 (docs/notes.md)
     "transformers": ">=5.17,<5.25",
     "omegaconf": ">=2.4,<3",
     "jinja2": ">=3.1",
