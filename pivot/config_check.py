@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import math
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,26 @@ def check_config(config: Config) -> None:
         value = _lookup(config, key)
         if value is not None and value not in choices:
             raise ConfigError(f"{key}: found '{value}', expected one of {', '.join(choices)}")
+    _require_finite(config, "")
     for key, (low, high) in _RANGES.items():
         value = _lookup(config, key)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{key}: found {value}, expected a value in [{low:g}, {high:g}]")
     _check_contradictions(config)
+
+
+def _require_finite(value: Any, key: str) -> None:
+    """ConfigError for the first number, however deep, that is infinite or none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: found {value}, expected a finite number")
+    if is_dataclass(value):
+        value = {spec.name: getattr(value, spec.name) for spec in fields(value)}
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _require_finite(part, f"{key}.{name}" if key else str(name))
+    if isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            _require_finite(part, f"{key}[{number}]")
 
 
 def read_train_sources(train: Any) -> list[TrainSource]:
@@ -104,6 +120,9 @@ def _read_train_source(entry: Any, where: str) -> TrainSource:
 
 def _check_contradictions(config: Config) -> None:
     read_train_sources(config.data.train)
+    for number, beta in enumerate(config.optim.betas):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optim.betas[{number}]: found {beta}, expected a share of at least 0 and below 1")
     if not config.optim.trained():
         raise ConfigError("optim: every component's lr is null, nothing would train; give at least one a rate")
     if (config.train.max_steps is None) == (config.train.num_epochs is None):

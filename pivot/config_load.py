@@ -9,6 +9,7 @@ names the full key, what was found, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,35 @@ def load_config(path: str | Path, overrides: list[str] | None = None, objective:
         merged = _merge(merged, layer, source)
     merged = _fix_objective(merged, objective)
     return resolve(merged)
+
+
+def read_settings(path: str | Path) -> Config:
+    """The settings of a finished run, which somebody else may have made: nothing but the file itself is looked at.
+
+    What the file leaves to a resolver (`${oc.env:NAME}` is the reader's environment, not the run's) stays as it is
+    written. What a value may be was checked when the run began.
+    """
+    layer = OmegaConf.create(_without_resolvers(OmegaConf.to_container(_load_yaml(path), resolve=False)))
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(layer).__name__}")
+    merged = _fix_objective(_merge(OmegaConf.structured(Config), layer, str(path)), None)
+    try:
+        return _to_typed(merged)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${name:...}; ${optim.lr} points into the file
+
+
+def _without_resolvers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_resolvers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_resolvers(part) for part in value]
+    if isinstance(value, str) and _RESOLVER.search(value):
+        return value.replace("${", "\\${")  # OmegaConf's way to write the letters themselves
+    return value
 
 
 def _load_yaml(path: str | Path) -> Any:
@@ -108,17 +138,21 @@ def _fix_objective(config: DictConfig, objective: str | None) -> DictConfig:
 
 def resolve(config: DictConfig) -> Config:
     """Resolve interpolations, demand every mandatory key, check the values, and give the typed object."""
+    typed = _to_typed(config)
+    check_config(typed)
+    return typed
+
+
+def _to_typed(config: DictConfig) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(_missing_text(missing))
-        OmegaConf.resolve(config)
+        typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         text = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'config'}: {text}") from error
-    typed = OmegaConf.to_object(config)
     assert isinstance(typed, Config)
-    check_config(typed)
     return typed
 
 

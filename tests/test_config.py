@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
-from pivot.config import ConfigError
-from pivot.config_check import read_deepspeed_json
-from pivot.config_load import load_config, to_yaml
+from pivot.config import Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig
+from pivot.config_check import check_config, read_deepspeed_json
+from pivot.config_load import load_config, read_settings, to_yaml
+from pivot.run import _flatten
 
 YAML = """
 output_dir: runs/x
@@ -19,6 +21,9 @@ objective: {dpo: {}}
 optim: {lr: 1.0e-6, vision_tower: {lr: 2.0e-6}, projector: {lr: "${optim.lr}"}, language_model: {lr: null}}
 train: {global_batch_size: 8, max_steps: 3}
 """
+
+
+SECTIONS = {"sft": SFTConfig, "dpo": DPOConfig}
 
 
 @pytest.fixture
@@ -68,6 +73,23 @@ def test_resolved_settings_load_back_equal(run: Path, tmp_path: Path) -> None:
         ("train=3", "Merge error"),
         ("optim.projector.lr=${optim.rate}", "Interpolation key 'optim.rate' not found"),
         ("optim.projector.lr=-1", r"optim.projector.lr: found -1.0, expected a value in \[0, inf\]"),
+        ("optim.lr=inf", "optim.lr: found inf, expected a finite number"),
+        ("optim.projector.lr=nan", "optim.projector.lr: found nan, expected a finite number"),
+        ("optim.projector.weight_decay=inf", "optim.projector.weight_decay: found inf"),
+        ("optim.projector.min_lr_ratio=nan", "optim.projector.min_lr_ratio: found nan"),
+        ("optim.eps=nan", "optim.eps: found nan"),
+        ("optim.max_grad_norm=-inf", "optim.max_grad_norm: found -inf"),
+        ("optim.warmup_ratio=nan", "optim.warmup_ratio: found nan"),
+        ("optim.betas=[2,3]", r"optim.betas\[0\]: found 2.0, expected a share of at least 0 and below 1"),
+        ("optim.betas=[0.9,1.0]", r"optim.betas\[1\]: found 1.0"),
+        ("optim.betas=[0.9,nan]", r"optim.betas\[1\]: found nan, expected a finite number"),
+        ("objective.dpo.beta=inf", "objective.dpo.beta: found inf"),
+        ("objective.dpo.simpo_gamma=nan", "objective.dpo.simpo_gamma: found nan"),
+        ("objective.dpo.loss={sigmoid: .inf}", "objective.dpo.loss.sigmoid: found inf"),
+        ("data.train=[{path: x, weight: .nan}]", r"data.train\[0\].weight: found nan"),
+        ("data.shard_cache_gb=inf", "data.shard_cache_gb: found inf"),
+        ("train.timeout_s=inf", "train.timeout_s: found inf"),
+        ("log.compare={name: x, flops: .inf}", "log.compare.flops: found inf"),
         ("optim.schedule=cosin", "optim.schedule: found 'cosin', expected one of cosine, linear, constant"),
         ("checkpoint.keep=1", "checkpoint.keep: found 1"),
         ("train.num_epochs=3", "exactly one of max_steps and num_epochs"),
@@ -131,3 +153,50 @@ def test_what_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match="run.yaml"):
         load_config(tmp_path / "run.yaml", objective="dpo")
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_every_fractional_setting_must_be_finite(objective: str) -> None:
+    """Of all sections, so that a new key cannot be forgotten."""
+    keys = [
+        key
+        for key, value in _flatten(Config(objective=ObjectiveConfig(**{objective: SECTIONS[objective]()}))).items()
+        if isinstance(value, float)
+    ]
+    assert len(keys) >= 10
+    for key in keys:
+        config = Config(objective=ObjectiveConfig(**{objective: SECTIONS[objective]()}))
+        section, _, name = key.rpartition(".")
+        setattr(functools.reduce(getattr, section.split("."), config), name, float("nan"))
+        with pytest.raises(ConfigError, match=f"{key}: found nan, expected a finite number"):
+            check_config(config)
+
+
+SHARED = """
+output_dir: ${oc.env:PIVOT_SECRET}/run
+init_from: a/llava
+data: {train: "hf://datasets/${oc.env:PIVOT_SECRET,none}/set", eval: "${data.train}"}
+objective: {dpo: {beta: 0.2}}
+optim: {lr: 1e-5, vision_tower: {lr: "${optim.lr}"}, projector: {lr: null}, language_model: {lr: null}}
+train: {global_batch_size: 4, max_steps: 2}
+deepspeed: not/here.json
+"""
+
+
+def test_settings_of_another_run_are_read_without_our_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What points into the file is followed, what points out of it stays text; no other file is opened."""
+    monkeypatch.setenv("PIVOT_SECRET", "hunter2")
+    (tmp_path / "config.yaml").write_text(SHARED)
+    found = read_settings(tmp_path / "config.yaml")
+    assert found.output_dir == "${oc.env:PIVOT_SECRET}/run"
+    assert found.data.eval == found.data.train == "hf://datasets/${oc.env:PIVOT_SECRET,none}/set"
+    assert found.optim.vision_tower.lr == 1e-5 and found.objective.dpo is not None
+    assert "hunter2" not in to_yaml(found) and "${oc.env:PIVOT_SECRET}/run" in to_yaml(found)
+
+
+def test_a_number_that_only_its_own_environment_knows_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(SHARED.replace("max_steps: 2", "max_steps: '${oc.env:STEPS}'"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: train\.max_steps: .*oc\.env:STEPS"):
+        read_settings(tmp_path / "config.yaml")

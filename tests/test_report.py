@@ -184,3 +184,13 @@ def test_the_cost_is_told_beside_what_the_user_named(tmp_path: Path) -> None:
     log = (run / "log.jsonl").read_text().splitlines()
     (run / "log.jsonl").write_text("\n".join(line for line in log if '"end"' not in line) + "\n")
     assert "<dt>spent</dt><dd>-</dd>" in write_report(run).read_text()
+
+
+def test_a_foreign_runs_settings_are_shown_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who draws the report of another's run does not put its own environment on the page."""
+    monkeypatch.setenv("PIVOT_SECRET", "hunter2")
+    run = make_run(tmp_path / "dpo", "dpo", questions(), held_out="none", skill=(0.5, 0.8))
+    settings = run / "config.yaml"
+    settings.write_text(settings.read_text().replace("train: sets/train", "train: 'x/${oc.env:PIVOT_SECRET}'"))
+    text = write_report(run).read_text()
+    assert "hunter2" not in text and text.count("${oc.env:PIVOT_SECRET}") >= 2

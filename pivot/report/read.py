@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pivot.config import Config
-from pivot.config_load import load_config
+from pivot.config_load import read_settings
 
 Row = dict[str, Any]
 
@@ -65,7 +65,7 @@ def read_run(folder: str | Path) -> Run:
     status = folder / "status"
     return Run(
         folder=folder,
-        config=load_config(folder / "config.yaml"),
+        config=read_settings(folder / "config.yaml"),
         start=next((row for row in reversed(rows) if row.get("event") == "start"), {}),
         end=next((row for row in reversed(rows) if row.get("event") == "end"), {}),
         steps=_newest(row for row in rows if "event" not in row),
