@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
@@ -37,6 +38,7 @@ class ImageGeometry:
     mean: Triple  # of pixel values in [0, 1]
     std: Triple
     fit: str  # squash | pad | crop: how an image becomes the square
+    resample: str = "bicubic"  # | bilinear
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class EncoderFacts:
         """Features per image: one a patch, and the CLS token's where it is kept."""
         return (self.size // self.patch_size) ** 2 + int(cls == "keep")
 
-    def geometry(self, cls: str, fit: str) -> ImageGeometry:
-        return ImageGeometry(self.size, self.num_features(cls), self.mean, self.std, fit)
+    def geometry(self, cls: str, fit: str, resample: str = "bicubic") -> ImageGeometry:
+        return ImageGeometry(self.size, self.num_features(cls), self.mean, self.std, fit, resample)
 
 
 def num_blocks_run(layer: int, num_blocks: int) -> int:
@@ -78,7 +80,7 @@ def describe_vision_tower(section: VisionTowerConfig) -> EncoderFacts:
     else:
         config = read_vision_config(section.path)
         has_cls, mean, std = FAMILIES[config.model_type]
-        saved = _read_preprocessor(section.path)
+        saved = read_image_settings(section.path)
         facts = EncoderFacts(
             size=section.image_size or int(config.image_size),
             patch_size=int(config.patch_size),
@@ -103,13 +105,38 @@ def _triple(values: Any) -> Triple:
 
 
 def read_config(path: str, key: str) -> PretrainedConfig:
-    """The transformers configuration of a folder, hub id or JSON file; `key` names the setting in errors."""
+    """The transformers configuration of a folder, hub id or JSON file; `key` names the setting in errors.
+
+    It says what the network is. Keys that would say how it is run are ours to choose, so they are put back to what
+    we choose; a checkpoint whose weights are not plain numbers of this network is refused.
+    """
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever the class of any configuration may raise
         raise ValueError(
             f"{key}: no configuration that transformers knows at '{path}' (remote code is never run): {error}"
         ) from error
+    if find_file(path, "adapter_config.json"):
+        raise ValueError(
+            f"{key}: '{path}' holds an adapter (adapter_config.json), not the weights of a whole model; merge it into "
+            "its base model and give the folder of the result"
+        )
+    for part in (config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))):
+        _choose_how_it_runs(part, f"{key}: '{path}'")
+    return config
+
+
+def _choose_how_it_runs(config: Any, where: str) -> None:
+    if getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "an unknown method")
+        raise ValueError(f"{where} has weights that were quantised ({method}); give the folder of the plain weights")
+    if config.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        config.dtype = None
+    # The name of a repository here would make transformers fetch a kernel and run it.
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = None
+    config.return_dict = True
+    config.output_attentions = config.output_hidden_states = False
 
 
 def read_text_config(path: str) -> PretrainedConfig:
@@ -130,23 +157,33 @@ def read_vision_config(path: str) -> PretrainedConfig:
     return config
 
 
-def _read_preprocessor(path: str) -> dict[str, Any]:
+def read_image_settings(path: str) -> dict[str, Any]:
     """The image processor's settings beside the weights, {} where there are none."""
-    if Path(path).is_file():  # a bare configuration: what lies beside it may be another model's
-        return {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        # Neither must exist, and offline a hub cache may not know whether it does.
-        found = cached_file(
-            path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        settings = json.loads(Path(found).read_text()) if found else {}
+        settings = read_json(path, name)
         settings = settings.get("image_processor", settings)
         if "image_mean" in settings:
             return settings
     return {}
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A file of a folder or hub id, None where there is none (offline a hub cache may not know whether there is)."""
+    if Path(path).is_file():  # a bare configuration: what lies beside it may be another model's
+        return None
+    found = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None
+
+
+def read_json(path: str, name: str) -> dict[str, Any]:
+    """A JSON file of a folder or hub id, {} where there is none."""
+    file = find_file(path, name)
+    try:
+        return json.loads(file.read_text("utf-8")) if file else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
 
 
 def split_open_clip(path: str) -> tuple[str, str | None]:
@@ -159,7 +196,7 @@ def _describe_open_clip(section: VisionTowerConfig) -> EncoderFacts:
     import open_clip  # seconds to import; only those who use it wait for it
 
     assert section.path is not None
-    model, weights = split_open_clip(section.path)
+    model, _ = split_open_clip(section.path)
     try:
         config = open_clip.get_model_config(model)
     except OSError as error:
@@ -184,7 +221,7 @@ def _describe_open_clip(section: VisionTowerConfig) -> EncoderFacts:
         patch_size, has_cls, num_blocks = vision["patch_size"], True, vision["layers"]
     else:
         raise ValueError(f"model.vision_tower.path: the image tower of open_clip's '{model}' is not a ViT")
-    mean, std = _open_clip_normalisation(model, weights)
+    mean, std = _open_clip_normalisation(section.path)
     if not isinstance(size, int):
         raise ValueError(f"model.vision_tower.path: '{model}' takes images of {size} pixels; expected square ones")
     return EncoderFacts(size, patch_size, has_cls, num_blocks, mean, std)
@@ -204,18 +241,27 @@ def _describe_timm(name: str) -> tuple[int, int, int]:
     return int(trunk.patch_embed.patch_size[0]), trunk.num_prefix_tokens, len(trunk.blocks)
 
 
-def _open_clip_normalisation(model: str, weights: str | None) -> tuple[Triple, Triple]:
-    """What the model's own folder or tag says; for a file or random weights what all its tags share, else CLIP's."""
+def _open_clip_normalisation(path: str) -> tuple[Triple, Triple]:
+    settings = read_open_clip_preprocessing(path)
+    return _triple(settings.get("mean") or OPENAI_CLIP_MEAN), _triple(settings.get("std") or OPENAI_CLIP_STD)
+
+
+def read_open_clip_preprocessing(path: str) -> dict[str, Any]:
+    """mean, std, interpolation and resize_mode, as far as the model's own folder or tag says them.
+
+    For a file or random weights, what all tags of the model say alike.
+    """
     import open_clip
 
+    model, weights = split_open_clip(path)
     _, _, place = model.partition(":")
     if place:  # local-dir:FOLDER or hf-hub:ID
-        found_file = cached_file(place, "open_clip_config.json")
-        chosen = [json.loads(Path(str(found_file)).read_text()).get("preprocess_cfg", {})]
-    else:
-        known = {
-            tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)
-        }
-        chosen = [known[weights]] if weights in known else list(known.values())
-    found = {(_triple(c.get("mean") or OPENAI_CLIP_MEAN), _triple(c.get("std") or OPENAI_CLIP_STD)) for c in chosen}
-    return found.pop() if len(found) == 1 else (_triple(OPENAI_CLIP_MEAN), _triple(OPENAI_CLIP_STD))
+        return read_json(place, "open_clip_config.json").get("preprocess_cfg", {})
+    known = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
+    chosen = [known[weights]] if weights in known else list(known.values())
+    said = {key: {_frozen(one.get(key)) for one in chosen} for key in ("mean", "std", "interpolation", "resize_mode")}
+    return {key: values.pop() for key, values in said.items() if len(values) == 1}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value

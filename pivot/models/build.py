@@ -16,7 +16,7 @@ from torch import nn
 
 from pivot.config import COMPONENTS, Config, ModelConfig
 from pivot.geometry import OPEN_CLIP, read_config, read_text_config, read_vision_config
-from pivot.models.convert import is_llava, load_llava
+from pivot.models.convert import is_llava, load_llava, require_same_features
 from pivot.models.language import build_language_model, fit_vocabulary
 from pivot.models.mllm import MLLM
 from pivot.models.parts import is_parts, load_projector, part_paths, require_agreement
@@ -65,6 +65,8 @@ def settle_sources(config: Config) -> Sources:
             if section.path is not None and section.path != config.init_from:
                 _require_same_shape(name, section.path, config.init_from)
             section.path = config.init_from
+    if is_llava(config.init_from) and "projector" in taken:
+        require_same_features(config.init_from, model)
     return Sources(model, config.init_from, taken)
 
 

@@ -86,11 +86,11 @@ def load_llava(
     section = replace(model.vision_tower, path=path)
     facts = describe_vision_tower(section)
     if "projector" in parts:
-        _check_agreement(config, model, has_cls=facts.has_cls, path=path)
+        require_same_features(path, model)
     if "language_model" in parts:
         text_config: Any = config.text_config
         check_text_config(text_config, path)
-    whole = load_strictly(LlavaForConditionalGeneration, path, f"init_from: {path}", dtype=dtype)
+    whole = load_strictly(LlavaForConditionalGeneration, path, f"init_from: {path}", config=config, dtype=dtype)
     return LlavaParts(
         vision_tower=wrap_encoder(whole.model.vision_tower, section, facts, gather=gather),
         projector=_take_projector(whole.model.multi_modal_projector, config),
@@ -99,8 +99,16 @@ def load_llava(
     )
 
 
-def _check_agreement(config: Any, model: ModelConfig, *, has_cls: bool, path: str) -> None:
+def require_same_features(path: str, model: ModelConfig) -> None:
+    """ValueError where the projector of the HF LLaVA at `path` was made for other features than `model` asks for."""
+    config: Any = read_config(path, "init_from")
     section = model.vision_tower
+    has_cls = describe_vision_tower(replace(section, path=path)).has_cls
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            f"init_from: '{path}' has vision_feature_layer={list(config.vision_feature_layer)}, features of several "
+            "layers side by side; expected one layer, as a number (or take init_parts without the projector)"
+        )
     cls = "drop" if config.vision_feature_select_strategy == "default" else "keep"
     if not has_cls and cls == "drop":
         raise ValueError(

@@ -11,6 +11,13 @@ from pivot.geometry import read_config
 from pivot.models.loading import build_random, load_strictly
 
 KEY = "model.language_model.path"
+# Dense decoders with rotary positions whose packed rows were held against stock transformers, sequence by sequence.
+DECODERS = (
+    "apertus", "arcee", "ernie4_5", "gemma", "glm", "glm4", "granite", "helium", "hunyuan_v1_dense", "llama",
+    "mistral", "olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+# Ways to scale rotary positions that depend on how long the row is.
+_ROW_ROPES = ("dynamic", "longrope")
 
 
 def build_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -26,12 +33,21 @@ def check_text_config(config: PretrainedConfig, path: str) -> None:
     """Refuse what the prefix-tree attention or the scoring head does not compute, rather than train it wrongly."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{KEY}: '{path}' is a {config.model_type}; expected a causal language model (Qwen2, Llama)")
+    if getattr(config, "is_heterogeneous", False):
+        raise ValueError(
+            f"{KEY}: '{path}' has layers with settings of their own (per_layer_config); expected equal ones"
+        )
     for trait, present in _unsupported_traits(config).items():
         if present:
             raise ValueError(
                 f"{KEY}: '{path}' ({config.model_type}) has {trait}, which the prefix-tree attention does not compute; "
                 "use a plain causal decoder such as Qwen2, Qwen2.5 or Llama"
             )
+    if config.model_type not in DECODERS:
+        raise ValueError(
+            f"{KEY}: '{path}' is a {config.model_type}, and its packed rows are not known to be what stock "
+            f"transformers computes; use one of {', '.join(DECODERS)}"
+        )
 
 
 def _unsupported_traits(config: PretrainedConfig) -> dict[str, bool]:
@@ -41,7 +57,9 @@ def _unsupported_traits(config: PretrainedConfig) -> dict[str, bool]:
     layer_types = set(value("layer_types") or ())
     # Qwen2 carries a window that is off; Mistral's is on where it is not None and has no switch.
     window = value("sliding_window") is not None and value("use_sliding_window") in (None, True)
+    rotary = value("rope_parameters") is not None or value("rotary_dim") is not None
     return {
+        "positions other than rotary ones": not rotary,
         "sliding-window attention": "sliding_attention" in layer_types or (window and not layer_types),
         f"layers of the kinds {sorted(layer_types)}": bool(layer_types - {"full_attention", "sliding_attention"}),
         "attention soft-capping": value("attn_logit_softcapping") is not None,
@@ -49,6 +67,33 @@ def _unsupported_traits(config: PretrainedConfig) -> dict[str, bool]:
         "attention sinks": config.model_type.startswith("gpt_oss"),
         "scaled logits": any(value(name) not in (None, 1, 1.0) for name in ("logit_scale", "logits_scaling")),
     }
+
+
+def check_positions(config: Any, num_tokens: int) -> str | None:
+    """What to say of a pair of `num_tokens` to a model that was trained on shorter texts; None where it was not.
+
+    Raises ValueError where the rotation would then follow the longest pair of a row, so that a token's value
+    depended on what it is packed with. Up to the trained length it is the same in every row: positions start again
+    with each pair.
+    """
+    limit = int(config.max_position_embeddings)
+    for rope in _rope_settings(config):
+        trained = int(rope.get("original_max_position_embeddings") or limit)
+        if rope.get("rope_type") in _ROW_ROPES and num_tokens > trained:
+            raise ValueError(
+                f"data.max_tokens: {num_tokens} tokens, but the positions of this {config.model_type} are scaled by "
+                f"{rope['rope_type']}, which turns a row otherwise once it is longer than {trained}; set "
+                f"data.max_tokens to at most {trained} (with data.eval, less evaluate.max_new_tokens)"
+            )
+    if num_tokens <= limit:
+        return None
+    return f"{num_tokens} tokens are more than the {limit} that the language model was made for"
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    """One mapping, or one for each kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return [settings] if "rope_type" in settings else [part for part in settings.values() if isinstance(part, dict)]
 
 
 def fit_vocabulary(language_model: PreTrainedModel, num_tokens: int) -> bool:

@@ -148,8 +148,9 @@ def _load_transformers(path: str, dtype: torch.dtype) -> PreTrainedModel:
     if path.endswith(".json"):
         return build_random(model_class, config, dtype)
     where = f"model.vision_tower.path: {path}"
-    if read_config(path, "model.vision_tower.path").model_type == "llava":
-        return load_strictly(LlavaForConditionalGeneration, path, where, dtype=dtype).model.vision_tower
+    whole = read_config(path, "model.vision_tower.path")
+    if whole.model_type == "llava":
+        return load_strictly(LlavaForConditionalGeneration, path, where, config=whole, dtype=dtype).model.vision_tower
     return load_strictly(model_class, path, where, accepted=_TEXT_SIDE, config=config, dtype=dtype)
 
 
