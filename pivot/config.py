@@ -46,7 +46,9 @@ class ModelConfig:
 
 @dataclass
 class ImageConfig:
-    fit: str = "squash"  # squash | pad | crop: how an image becomes the encoder's square
+    # squash | pad | crop: how an image becomes the encoder's square; None: as the encoder's own image processor does
+    # it, squash where it has none
+    fit: str | None = None
 
 
 @dataclass
@@ -71,7 +73,7 @@ class DataConfig:
     shard_cache: str | None = None  # folder for the shards of remote sets; None: `fetched` in cache_dir
     shard_cache_gb: float = 200.0  # the most that it may take
     allow_pipe: bool = False  # sets may be pipe:COMMAND, which is run for each file, its name in place of {}
-    chat_template: str | None = None  # a Jinja file or text; None: the tokenizer's own
+    chat_template: str | None = None  # a Jinja file or text; None: the checkpoint's own, else ChatML
     image: ImageConfig = field(default_factory=ImageConfig)
     # Pairs about one image follow each other in the order and share its tokens in a row: faster where a set has several
     # pairs an image, exact, but a step then holds fewer distinct images.

@@ -11,6 +11,10 @@ from typing import Any
 ROLES = ("system", "user", "assistant")
 
 
+class ChangedAnswer(ValueError):
+    """The chat template does not leave an answer as it is; such a sample is left out and counted."""
+
+
 def check_prompt(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     """The messages with content as a list of parts, neighbouring texts joined, and the number of images."""
     if not messages:

@@ -29,6 +29,7 @@ from pivot.evaluate.held_out import HeldOut, open_held_out
 from pivot.flops import describe_flops, training_costs
 from pivot.models.attention import Choice, choose_attention
 from pivot.models.build import Sources, settle_sources
+from pivot.models.language import check_positions
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
@@ -57,6 +58,7 @@ class Inputs:
     deepspeed: dict[str, Any]
     dtype: torch.dtype
     attention: Choice  # the back end of the prefix trees
+    warning: str | None  # of positions that the language model was not trained on
 
     def another_plan(self, **changes: Any) -> Plan:
         """Another walk over the same pairs; `changes` are arguments of Plan."""
@@ -75,6 +77,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     reference = sources if folder is None else settle_sources(replace(config, init_from=folder, init_parts=None))
     processor = build_processor(sources.model, config.data)
     skeleton = build_skeleton(sources.model, len(processor.tokenizer))
+    positions = check_positions(skeleton.text_config, _longest_text(config))
     attention = _settle_attention(config.train.attention, skeleton, world.device, dtype)
     shards = open_data(config)
     cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))
@@ -108,6 +111,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
         deepspeed=deepspeed,
         dtype=dtype,
         attention=attention,
+        warning=positions,
     )
 
 
@@ -144,6 +148,11 @@ def _open_held_out(
         say=say,
         shard_cache=_shard_cache(config),
     )
+
+
+def _longest_text(config: Config) -> int:
+    """Tokens of the longest text that the language model may see: a pair, or a held-out prompt with its answer."""
+    return config.data.max_tokens + (0 if config.data.eval is None else config.evaluate.max_new_tokens)
 
 
 def _settle_dtype(precision: str, world: World) -> torch.dtype:
@@ -261,12 +270,16 @@ def _memory_setup(config: Config, inputs: Inputs, world: World) -> memory.Setup:
     )
 
 
+def _list_exclusions(plan: Plan) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in plan.exclusions.items()) or "none"
+
+
 def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     """What is about to run, in a few lines."""
     plan, step = inputs.plan, inputs.plan.step(0)
     place = "GPU" if world.device.type == "cuda" else "machine"
     total = step.cost * inputs.total_steps
-    excluded = ", ".join(f"{count} {reason}" for reason, count in plan.exclusions.items()) or "none"
+    excluded = _list_exclusions(plan)
     rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
     stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
     geometry = inputs.processor.geometry
@@ -274,12 +287,15 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     held_out = "none (data.eval is absent)"
     if inputs.held_out is not None:
         held_out = f"{config.data.eval}: {inputs.held_out.num_pairs} samples, {len(inputs.held_out.questions)} answers"
+        held_out += f"; excluded: {_list_exclusions(inputs.held_out.plan)}"
     untested = describe_untested()
     return "\n".join(
         [
             *([untested] if untested else []),
             f"data       {train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
             f"held out   {held_out}",
+            *inputs.processor.notes,
+            *([f"positions  {inputs.warning}"] if inputs.warning else []),
             f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each; in "
             f"{num_with_images(plan)} of {int(plan.kept.sum())} samples",
             f"steps      {inputs.total_steps} of {config.train.global_batch_size} pairs "

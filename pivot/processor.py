@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 from jinja2.exceptions import SecurityError, TemplateError
+from PIL import Image
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
-from pivot.config import DataConfig, ModelConfig
-from pivot.conversation import check_completion, check_prompt, escape_text
-from pivot.geometry import EncoderFacts, ImageGeometry, describe_vision_tower
+from pivot.config import DataConfig, ModelConfig, VisionTowerConfig
+from pivot.conversation import ChangedAnswer, check_completion, check_prompt, escape_text
+from pivot.geometry import EncoderFacts, ImageGeometry, describe_vision_tower, read_image_settings
+from pivot.stock import choose_image_fit, describe_other_ids, find_chat_template, require_same, same_features
 
 __all__ = ["EncodedPair", "ImageGeometry", "Processor", "build_processor"]
 
-LENGTH_CODE_VERSION = 1  # raise it when the same sample would get other token ids: side-cars are keyed by it
+LENGTH_CODE_VERSION = 2  # raise it when the same sample would get other token ids: side-cars are keyed by it
 IMAGE_TOKEN = "<image>"
 
 # Most templates take a string as content. This prefix turns a content list into one, an image into "<image>\n", and
@@ -83,14 +85,58 @@ def build_processor(model: ModelConfig, data: DataConfig) -> Processor:
     path = model.language_model.path
     if path is None:
         raise ValueError("model.language_model.path: absent; give a folder or a hub id that holds the tokenizer")
-    tokenizer = load_tokenizer(str(Path(path).parent) if Path(path).is_file() else path)
-    return Processor(
+    place = str(Path(path).parent) if Path(path).is_file() else path
+    tokenizer = load_tokenizer(place)
+    own, source = find_chat_template(place, tokenizer)
+    given = read_chat_template(data.chat_template)
+    facts = describe_vision_tower(model.vision_tower)
+    image_fit = choose_image_fit(model.vision_tower, facts, data.image.fit)
+    processor = Processor(
         tokenizer,
-        describe_vision_tower(model.vision_tower),
+        facts,
         cls=model.vision_tower.cls,
-        fit=data.image.fit,
-        chat_template=read_chat_template(data.chat_template),
+        fit=image_fit.fit,
+        resample=image_fit.resample,
+        chat_template=own if given is None else given,
     )
+    processor.notes = (
+        _describe_template(processor, own, source, given),
+        f"pixels     {image_fit.fit}, {image_fit.resample}: {image_fit.source}",
+        *_compare_to_stock(processor, place, model.vision_tower, own_template=given is None and own is not None),
+    )
+    return processor
+
+
+def _describe_template(processor: Processor, own: str | None, source: str, given: str | None) -> str:
+    """For the first screen: whose prompts the run trains on."""
+    whose = f"the template of {source}"
+    if given is not None:
+        same = own is not None and given == own
+        whose = "data.chat_template" + ("" if same or own is None else f", which is not the template of {source}")
+    elif own is None:
+        whose = f"ChatML: {source}, and data.chat_template is absent"
+    added = "".join(processor.tokenizer.convert_ids_to_tokens(processor.lead_ids))
+    return f"prompts    {whose}" + (f"; the tokenizer begins each with {added}" if added else "")
+
+
+def _compare_to_stock(processor: Processor, place: str, tower: VisionTowerConfig, *, own_template: bool) -> list[str]:
+    """What could not be compared; ValueError where the processor in the checkpoint's folder prompts otherwise."""
+    if not read_image_settings(place):
+        return []  # a tokenizer alone: the processor will be ours
+    try:
+        difference = describe_other_ids(
+            processor, place, images=same_features(tower, processor.encoder, place), own_template=own_template
+        )
+    except Exception as error:  # whatever a processor of any kind may raise
+        reason = str(error).strip().partition("\n")[0]
+        return [f"processor  not compared to the one at {place}, which fails: {type(error).__name__}: {reason}"]
+    if difference is not None:
+        raise ValueError(
+            f"model.language_model.path: the processor at {place} makes other prompts than its tokenizer, its chat "
+            f"template and config.json ask for: {difference}; repair its processor_config.json or chat template"
+            + (", or set data.chat_template" if own_template else "")
+        )
+    return []
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -131,18 +177,22 @@ class Processor:
         *,
         cls: str = "drop",
         fit: str = "squash",
+        resample: str = "bicubic",
         chat_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.cls = cls
-        self.geometry = encoder.geometry(cls, fit)
+        self.notes: tuple[str, ...] = ()  # for the first screen: what was taken from where
+        self.geometry = encoder.geometry(cls, fit, resample)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = _add_special_tokens(tokenizer, IMAGE_TOKEN)
         self.chat_template = self._settle_template(chat_template)
         self.tokenizer.chat_template = self.chat_template
         self._special_tokens = tuple(sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special))
+        self.lead_ids = self._find_lead()
         self.end_of_turn_id, self._adds_end_of_turn = self._find_end_of_turn()
+        self._before_answer, self._after_answer = self._find_wrapping()
 
     def _settle_template(self, given: str | None) -> str:
         if given is None and self.tokenizer.chat_template is None:
@@ -156,7 +206,7 @@ class Processor:
             )
         if template.startswith((_FLATTEN, _UNFLATTEN)):  # our own export
             return template
-        return (_FLATTEN if self._takes_strings(template) else _UNFLATTEN) + template
+        return (_UNFLATTEN if self._takes_lists(template) else _FLATTEN) + template
 
     @cached_property
     def _bare_template(self) -> str:
@@ -170,18 +220,36 @@ class Processor:
         texts = (f"{IMAGE_TOKEN}\n" if part["type"] == "image" else part["text"] for part in message["content"])
         return {**message, "content": "".join(texts)}
 
-    def _takes_strings(self, template: str) -> bool:
+    def _takes_lists(self, template: str) -> bool:
+        """Whether a template places images itself. Others take strings; one that takes both is asked for its own."""
         try:
-            return _PROBE in self._render([{"role": "user", "content": _PROBE}], template=template)
-        except ValueError:
+            text = self._render([_question(_PROBE)], template=template)
+        except (ValueError, TypeError):
             return False
+        return [text.count(part) for part in (self.image_token, _PROBE)] == [1, 1]
+
+    def _find_lead(self) -> list[int]:
+        """What the tokenizer puts before a text by itself, and so before each prompt that does not begin with it."""
+        found = self.tokenizer(_PROBE, return_special_tokens_mask=True)
+        ids, added = found["input_ids"], found["special_tokens_mask"]
+        lead, end = added.index(0), len(ids) - added[::-1].index(0)
+        if ids[end:] and not self._begins_itself(self._render([_question(_QUESTION)])):
+            raise ValueError(
+                f"model.language_model.path: its tokenizer puts {self.tokenizer.decode(ids[end:])} behind each text, "
+                "so a prompt would end before its answer; set add_eos_token to false in its tokenizer_config.json"
+            )
+        return ids[:lead]
+
+    def _begins_itself(self, text: str) -> bool:
+        """Whether a rendered text begins with what LlavaProcessor would else let the tokenizer put there."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and text.startswith(bos)
 
     def _find_end_of_turn(self) -> tuple[int, bool]:
         """The special token behind an assistant's text, and whether we must put it there (LLaVA-1.5's has none)."""
-        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
-        answer = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
-        text = self._render([*question, answer])
-        shaped = [self._shape(message) for message in (*question, answer)]
+        question, answer = _question(_QUESTION), {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
+        text = self._render([question, answer])
+        shaped = [self._shape(message) for message in (question, answer)]
         assert self._render(shaped, template=self._bare_template) == text, "the prefix of the template does otherwise"
         if [text.count(part) for part in (self.image_token, _QUESTION, _PROBE)] != [1, 1, 1]:
             raise ValueError(
@@ -197,6 +265,32 @@ class Processor:
                 "text, so a model could not learn to stop; give another template in data.chat_template"
             )
         return self.tokenizer.eos_token_id, True
+
+    def _find_wrapping(self) -> tuple[list[str], str]:
+        """What the template puts around an answer: the words before it (Qwen3's: an empty thought), the text behind."""
+        question, answer = _question(_QUESTION), {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
+        prompt, full = self._render([question], add_generation_prompt=True), self._render([question, answer])
+        if not full.startswith(prompt):
+            return [], ""  # of no use: `encode` refuses every sample, and says why
+        before, _, after = full[len(prompt) :].partition(_PROBE)
+        after = after.partition(str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)))[0]
+        before, after = (self.read_answer(self._encode_text(text, {})) for text in (before, after))
+        return before.split(), after
+
+    def read_answer(self, ids: list[int]) -> str:
+        """The text of generated token ids."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def cut_answer(self, text: str) -> str:
+        """The answer in a generated text, without what the template has the model write around it.
+
+        Of a thought that the template would leave empty, all that the model thought goes as well.
+        """
+        text = text.strip()
+        if self._before_answer and text.startswith(self._before_answer[0]):
+            _, closed, behind = text.partition(self._before_answer[-1])
+            text = behind if closed else text
+        return text.removesuffix(self._after_answer).strip()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -218,7 +312,7 @@ class Processor:
         escapes = self._choose_escapes([*prompt, *answers.values()])
         messages = [self._shape(escape_text(message, escapes)) for message in prompt]
         text = self._render(messages, add_generation_prompt=True, template=self._bare_template)
-        ids = self._encode_text(text, escapes)
+        ids = self._encode_prompt(text, escapes)
         if ids.count(self.image_token_id) != num_images:
             raise ValueError(
                 f"the chat template rendered {ids.count(self.image_token_id)} {self.image_token} for a prompt with "
@@ -229,6 +323,7 @@ class Processor:
             shaped = self._shape(escape_text(answer, escapes))
             full = self._render([*messages, shaped], template=self._bare_template)
             encoded[role] = np.asarray(self._completion_ids(text, ids, full, escapes), dtype=np.int64)
+            self._require_answer(role, shaped, full.removeprefix(text))
         return EncodedPair(self._expand_images(ids), encoded, num_images)
 
     def _completion_ids(self, prompt: str, prompt_ids: list[int], full: str, escapes: dict[str, str]) -> list[int]:
@@ -246,7 +341,7 @@ class Processor:
             )
         if self._adds_end_of_turn:
             full = full.rstrip()  # a blank before what would be the next turn
-        ids = self._encode_text(full, escapes)
+        ids = self._encode_prompt(full, escapes)
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:
@@ -256,6 +351,20 @@ class Processor:
         if self.end_of_turn_id not in ids:
             raise ValueError(f"chat template: no end of turn behind the completion {full[len(prompt) :]!r}")
         return ids[: ids.index(self.end_of_turn_id) + 1]
+
+    def _require_answer(self, role: str, answer: dict[str, Any], rendered: str) -> None:
+        """ChangedAnswer unless the template leaves the words of an answer as they are."""
+        content = answer["content"]
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        if text.strip() not in rendered:
+            raise ChangedAnswer(
+                f"{role}: the chat template changes the answer, so that a model would learn another one: it makes "
+                f"{rendered!r} of {text!r}; give a template in data.chat_template that does not"
+            )
+
+    def _encode_prompt(self, text: str, escapes: dict[str, str]) -> list[int]:
+        """Ids of a rendered text from its beginning on."""
+        return [*([] if self._begins_itself(text) else self.lead_ids), *self._encode_text(text, escapes)]
 
     def _expand_images(self, ids: list[int]) -> np.ndarray:
         found = np.asarray(ids, dtype=np.int64)
@@ -311,7 +420,10 @@ class Processor:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)["input_ids"] if text else []
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer and an HF LlavaProcessor that stock AutoProcessor loads, chat template included."""
+        """Write the tokenizer and an HF LlavaProcessor, chat template included, for stock AutoProcessor.
+
+        What that loads must then make of samples what we make of them, ids and pixels.
+        """
         from transformers import LlavaProcessor
 
         keeps_all = self.cls == "keep" or not self.encoder.has_cls
@@ -324,6 +436,7 @@ class Processor:
             image_token=self.image_token,
             chat_template=self.chat_template,
         ).save_pretrained(folder)
+        require_same(self, str(folder))
 
     def image_processor(self) -> Any:
         """The HF image processor that prepares an image as training does."""
@@ -332,11 +445,16 @@ class Processor:
         size, mean, std = self.geometry.size, list(self.geometry.mean), list(self.geometry.std)
         square = {"height": size, "width": size}
         common: dict[str, Any] = {"image_mean": mean, "image_std": std, "do_convert_rgb": True, "crop_size": square}
+        common["resample"] = Image.Resampling[self.geometry.resample.upper()]
         if self.geometry.fit == "squash":
             return CLIPImageProcessor(size=square, do_center_crop=False, **common)
         if self.geometry.fit == "crop":
             return CLIPImageProcessor(size={"shortest_edge": size}, do_center_crop=True, **common)
         return LlavaImageProcessor(size=square, do_pad=True, do_center_crop=False, **common)
+
+
+def _question(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
 
 
 def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> int:

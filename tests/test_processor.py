@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPConfig
 
 from pivot.config import DataConfig, ModelConfig
+from pivot.conversation import ChangedAnswer
 from pivot.geometry import describe_vision_tower
 from pivot.processor import Processor, build_processor, load_tokenizer
 from tests import tiny
@@ -306,3 +307,59 @@ def test_unusable_encoders_are_refused(folders: dict, change: dict[str, Any], te
 def test_a_folder_without_tokenizer_is_refused(folders: dict) -> None:
     with pytest.raises(ValueError, match=r"model\.language_model\.path: no tokenizer"):
         load_tokenizer(str(folders["siglip"]))
+
+
+# As Qwen3's: a thought before each answer, an empty one where the answer has none.
+THINKS = (
+    "{% for m in messages %}{% set text = m['content'] %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in text else '' %}"
+    "<think>\n{{ thought }}\n</think>\n\n{{ text.split('</think>')[-1].lstrip() }}{% else %}{{ text }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As DeepSeek-R1's: what was thought is cut out.
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THOUGHT = "<think>\nhm\n</think>\n\nA cup."
+
+
+@pytest.mark.parametrize("template, text", [(THINKS, "A cup."), (THINKS, THOUGHT), (FORGETS, "A cup.")])
+def test_an_answer_is_learned_as_it_is_with_what_the_template_puts_around_it(
+    folders: dict, template: str, text: str
+) -> None:
+    processor = make(folders, chat_template=template)
+    ids = processor.encode(QUESTION, {"chosen": answer(text)}).completions["chosen"]
+    learned = processor.tokenizer.decode(ids)
+    lead = "<think>\n\n</think>\n\n" if template == THINKS and text == "A cup." else ""
+    assert learned == f"{lead}{text}<|im_end|>"
+    assert processor.cut_answer(processor.read_answer(ids.tolist())) == "A cup."
+
+
+@pytest.mark.parametrize("template, text", [(THINKS, "<think>hm</think>A cup."), (FORGETS, THOUGHT)])
+def test_an_answer_that_the_template_changes_is_refused(folders: dict, template: str, text: str) -> None:
+    processor = make(folders, chat_template=template)
+    with pytest.raises(ChangedAnswer, match=r"rejected: the chat template changes the answer.*data\.chat_template"):
+        processor.encode(QUESTION, {"chosen": answer("A cup."), "rejected": answer(text)})
+
+
+@pytest.mark.parametrize(
+    "generated, told",
+    [
+        ("<think>\n\n</think>\n\nA cup.", "A cup."),
+        ("<think>\nIs it a bowl? </think> no\n</think>A cup.", "no\n</think>A cup."),
+        ("A cup.", "A cup."),
+        ("<think>\nIt is", "<think>\nIt is"),
+        ("A <think></think> cup.", "A <think></think> cup."),
+    ],
+)
+def test_only_what_the_template_puts_before_an_answer_is_cut_off(folders: dict, generated: str, told: str) -> None:
+    assert make(folders, chat_template=THINKS).cut_answer(generated) == told
+    assert make(folders).cut_answer(generated) == generated
+
+
+def test_what_the_template_puts_behind_an_answer_is_cut_off(folders: dict) -> None:
+    template = tiny.CHATML.replace("+ '<|im_end|>'", "+ ' [end]<|im_end|>'")
+    processor = make(folders, chat_template=template)
+    ids = processor.encode(QUESTION, {"chosen": answer("A cup.")}).completions["chosen"].tolist()
+    assert processor.read_answer(ids) == "A cup. [end]" and processor.cut_answer("A cup. [end]") == "A cup."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
@@ -45,18 +45,35 @@ VOCAB_SIZE = 320  # above the 256 bytes and the special tokens, so that an added
 
 
 def tiny_tokenizer(
-    folder: str | Path, *, chat_template: str | None = CHATML, extra_special_tokens: tuple[str, ...] = ()
+    folder: str | Path,
+    *,
+    chat_template: str | None = CHATML,
+    extra_special_tokens: tuple[str, ...] = (),
+    around: tuple[str, str] = ("", ""),
 ) -> Path:
-    """A byte tokenizer (one token a byte) with ChatML's special tokens and template; ends a turn with <|im_end|>."""
+    """A byte tokenizer (one token a byte) with ChatML's special tokens and template; ends a turn with <|im_end|>.
+
+    `around`: special tokens that it puts before and behind each text by itself, as Llama's does with its <s>.
+    """
     folder = Path(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert len(alphabet) == NUM_BYTES
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([*SPECIAL_TOKENS, *extra_special_tokens])
+    core.add_special_tokens([*SPECIAL_TOKENS, *extra_special_tokens, *filter(None, around)])
+    before, behind = around
+    if before or behind:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{before} $A {behind}".strip(),
+            special_tokens=[(token, core.token_to_id(token)) for token in {before, behind} - {""}],
+        )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        bos_token=before or None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
@@ -176,11 +193,13 @@ def tiny_llava(
     layer: int = -2,
     vision_changes: dict[str, Any] | None = None,
     text_changes: dict[str, Any] | None = None,
+    **tokenizer_settings: Any,
 ) -> Path:
     """A LlavaForConditionalGeneration folder with its processor, as stock transformers writes it."""
     folder = Path(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        tiny_tokenizer(folder, extra_special_tokens=("<image>",)), extra_special_tokens={"image_token": "<image>"}
+        tiny_tokenizer(folder, extra_special_tokens=("<image>",), **tokenizer_settings),
+        extra_special_tokens={"image_token": "<image>"},
     )
     torch.manual_seed(3)
     strategy: Any = "default" if vision == "clip" else "full"

@@ -1,14 +1,14 @@
 """Image files to uint8 pixels of one square size. Normalising is the model's, on the device: a quarter of the bytes.
 
-Resizing is torch's antialiased bicubic on uint8, which differs from Pillow's by at most one level and needs a
-third of the time.
+Resizing is torch's antialiased one on uint8, which transformers' processors use too. It differs from Pillow's by at
+most one level and needs a third of the time.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MAX_PIXELS = 80_000_000  # 240 MB as RGB; below the number at which Pillow starts to warn of a bomb
+MAX_RATIO = 16  # of the sides of an image, cropped just as transformers does
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -57,30 +58,52 @@ def decode_rgb(data: bytes) -> np.ndarray:
 
 def load_image(data: bytes, geometry: ImageGeometry) -> Tensor:
     """uint8[3, size, size] of an image file, fitted as the geometry says."""
-    return fit_square(decode_rgb(data), geometry.size, geometry.fit, geometry.mean)
+    return fit_square(decode_rgb(data), geometry.size, geometry.fit, geometry.mean, geometry.resample)
 
 
-def fit_square(rgb: np.ndarray, size: int, fit: str, mean: tuple[float, float, float]) -> Tensor:
+def fit_square(
+    rgb: np.ndarray, size: int, fit: str, mean: tuple[float, float, float], resample: str = "bicubic"
+) -> Tensor:
     """uint8[3, size, size] of uint8[H, W, 3]: `squash` both sides, `crop` the centre, or `pad` with the mean colour.
 
-    Crop cuts before it resizes and pad resizes before it pads, so that no extreme aspect ratio needs much memory.
+    The pixels are those of transformers' processors, which crop behind the resize and pad before it.
     """
-    height, width = rgb.shape[:2]
     if fit == "crop":
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        return _resize(rgb[top : top + side, left : left + side], size, size)
+        return _crop(rgb, size, resample)
     if fit == "pad":
-        longest = max(height, width)
-        new_height, new_width = max(1, round(size * height / longest)), max(1, round(size * width / longest))
-        color = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
-        square = color[:, None, None].expand(3, size, size).clone()
-        top, left = (size - new_height) // 2, (size - new_width) // 2
-        square[:, top : top + new_height, left : left + new_width] = _resize(rgb, new_height, new_width)
-        return square
+        return _pad(rgb, size, mean, resample)
     if fit == "squash":
-        return _resize(rgb, size, size)
+        return _resize(rgb, size, size, resample)
     raise ValueError(f"data.image.fit is {fit!r}, expected squash, pad or crop")
+
+
+def _crop(rgb: np.ndarray, size: int, resample: str) -> Tensor:
+    height, width = rgb.shape[:2]
+    longest = MAX_RATIO * min(height, width)  # of a longer one, cut what would be resized for nothing
+    rgb = _middle(rgb, min(height, longest), min(width, longest))
+    height, width = rgb.shape[:2]
+    short = min(height, width)
+    resized = _resize(rgb, int(size * height / short), int(size * width / short), resample)
+    return _middle(resized.permute(1, 2, 0), size, size).permute(2, 0, 1).contiguous()
+
+
+def _middle(pixels: Any, height: int, width: int) -> Any:
+    """The middle of [H, W, 3], rounded towards its start as transformers rounds."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _pad(rgb: np.ndarray, size: int, mean: tuple[float, float, float], resample: str) -> Tensor:
+    height, width = rgb.shape[:2]
+    longest = max(height, width)
+    color = [int(255 * value) for value in mean]
+    if longest * longest > MAX_PIXELS:  # its square would be too large to hold: pad behind the resize
+        height, width = max(1, size * height // longest), max(1, size * width // longest)
+        rgb, longest = _resize(rgb, height, width, resample).permute(1, 2, 0).numpy(), size
+    square = np.full((longest, longest, 3), color, dtype=np.uint8)
+    top, left = (longest - height) // 2, (longest - width) // 2
+    square[top : top + height, left : left + width] = rgb
+    return _resize(square, size, size, resample)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -108,9 +131,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize(rgb: np.ndarray, height: int, width: int) -> Tensor:
+def _resize(rgb: np.ndarray, height: int, width: int, resample: str) -> Tensor:
     # From H, W, 3 in memory: the channels-last layout that torch's fast uint8 path wants.
     pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
     if pixels.shape[2:] != (height, width):
-        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+        pixels = F.interpolate(pixels, size=(height, width), mode=resample, antialias=True)
     return pixels[0].contiguous()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pivot.batch import CHOSEN, REJECTED
+from pivot.conversation import ChangedAnswer
 from pivot.data.manifest import Shard
 from pivot.data.order import mix64
 from pivot.data.samples import ROLES_OF_KIND, completions_of
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 500  # between two reports of progress
 LENGTH_RECORD = np.dtype(
     [
-        ("prompt", "<u4"),  # all tokens of the prompt, image tokens among them
+        ("prompt", "<u4"),  # all tokens of the prompt, image tokens among them; 0 where the template changes an answer
         ("chosen", "<u4"),
         ("rejected", "<u4"),  # 0 where the sample has none
         ("image", "<u4"),  # image tokens of the prompt
@@ -176,10 +177,15 @@ def load_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path) 
 
 
 def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int, ...]:
-    """One LENGTH_RECORD. Raises ValueError, naming the sample, when it cannot be encoded."""
+    """One LENGTH_RECORD, zeros where the template changes an answer.
+
+    Raises ValueError, naming the sample, when it cannot be encoded.
+    """
     sample = shards.read_text(row)
     try:
         encoded = processor.encode(sample["prompt"], completions_of(sample, ROLES_OF_KIND[sample["kind"]]))
+    except ChangedAnswer:
+        return (0,) * len(LENGTH_RECORD.names or ())
     except ValueError as error:
         raise ValueError(f"{shards.describe(row)}: {error}") from error
     chosen, rejected = encoded.completions[CHOSEN], encoded.completions.get(REJECTED, np.zeros(0, dtype=np.int64))

@@ -205,6 +205,7 @@ def _exclude(lengths: Lengths, max_tokens: int, excluded: np.ndarray | None) -> 
     longest = lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)
     reasons = {
         "named in data.exclude": np.zeros(len(lengths), dtype=bool) if excluded is None else excluded,
+        "whose answer the chat template changes (see data.chat_template)": lengths.prompt == 0,
         "chosen equals rejected": lengths.same == 1,
         "zero-length completion": lengths.chosen == 0,
         "longer than data.max_tokens": longest > max_tokens,

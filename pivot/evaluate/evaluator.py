@@ -93,7 +93,8 @@ def evaluate(
             max_tokens=max_tokens,
             in_step=not alone,
         )
-    right = {q.row: is_right(texts[q.row], q.accepted) for q in held_out.questions if q.row in texts}
+    told = {row: processor.cut_answer(text) for row, text in texts.items()}
+    right = {q.row: is_right(told[q.row], q.accepted) for q in held_out.questions if q.row in told}
     if right:
         rows = np.array(sorted(right))
         _add(outcomes, VQA, np.array([float(right[row]) for row in rows.tolist()]), rows, held_out)

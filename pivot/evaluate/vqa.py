@@ -84,8 +84,7 @@ def _answer(
         max_new_tokens=max_new_tokens,
         all_done=(lambda done: not distributed.any_rank(not done, world.device)) if in_step else bool,
     )
-    decode = processor.tokenizer.decode
-    texts = [str(decode(ids, skip_special_tokens=True)).strip() for ids in continuations]
+    texts = [processor.read_answer(ids) for ids in continuations]
     return dict(zip(answered, texts, strict=False))  # a filler's text belongs to no row
 
 

@@ -4,6 +4,7 @@
     vision_tower/            as its library writes it (open_clip: local-dir), what was set aside back in its place
     projector.safetensors
     language_model/          an HF *ForCausalLM with the tokenizer
+    processor_config.json    and the tokenizer: the HF LlavaProcessor that prepares what the parts take
 
 Both are what `init_from` takes.
 """
@@ -19,14 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pivot.config import ModelConfig
+from pivot.config import ModelConfig, VisionTowerConfig
 from pivot.geometry import OPEN_CLIP
 from pivot.models.convert import save_language_model, to_llava_config, write_llava, write_vision_tower
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.processor import Processor
 
-PARTS = "parts.json"
+PARTS, PROJECTOR = "parts.json", "projector.safetensors"
 
 
 def write_model(folder: Path, model: MLLM, state_dict: Mapping[str, Tensor], processor: Processor) -> None:
@@ -48,8 +49,9 @@ def write_parts(
     projector = {
         n.removeprefix("projector."): v.contiguous() for n, v in state_dict.items() if n.startswith("projector.")
     }
-    save_file(projector, folder / "projector.safetensors")
+    save_file(projector, folder / PROJECTOR)
     save_language_model(folder / "language_model", model.language_model, state_dict, processor)
+    processor.save_pretrained(folder)
     section = model.vision_tower.section
     facts = {"projector": model.projector.kind, "layer": section.layer, "post_norm": section.post_norm}
     facts |= {"cls": section.cls, "open_clip": model.vision_tower.is_open_clip, "not_llava_because": reason}
@@ -79,9 +81,21 @@ def require_agreement(path: str, model: ModelConfig) -> None:
             raise ValueError(f"{key}: {wanted}, but '{path}' was made with {facts[name]}; set {key}={facts[name]}")
 
 
+def recorded_model(path: str) -> ModelConfig:
+    """The features and the projector that a folder of parts was made with, as a run's settings say them."""
+    facts = _read(path)
+    tower = VisionTowerConfig(layer=facts["layer"], post_norm=facts["post_norm"], cls=facts["cls"])
+    return ModelConfig(vision_tower=tower, projector=facts["projector"])
+
+
+def recorded_dtype(path: str) -> torch.dtype:
+    """The precision that a folder of parts was written in."""
+    return next(iter(load_file(Path(path) / PROJECTOR).values())).dtype
+
+
 def load_projector(path: str, projector: Projector, dtype: torch.dtype) -> Projector:
     """Fill `projector` from a folder of parts, strictly."""
-    values = {name: value.to(dtype) for name, value in load_file(Path(path) / "projector.safetensors").items()}
+    values = {name: value.to(dtype) for name, value in load_file(Path(path) / PROJECTOR).items()}
     projector.load_state_dict(values, strict=True)
     return projector
 

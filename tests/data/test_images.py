@@ -80,13 +80,13 @@ def test_resize_agrees_with_pillow():
 
 
 def test_fits():
-    """A 4 x 2 image, left half black and right half white: crop keeps the middle, pad adds grey rows."""
+    """A 4 x 2 image, left half black and right half white: crop keeps the middle, pad adds rows of int(127.5)."""
     rgb = np.zeros((2, 4, 3), dtype=np.uint8)
     rgb[:, 2:] = 255
     cropped = fit_square(rgb, 2, "crop", GEOMETRY.mean)
     assert cropped[0].tolist() == [[0, 255], [0, 255]]
     padded = fit_square(rgb, 4, "pad", GEOMETRY.mean)
-    assert padded[0].tolist() == [[128] * 4, [0, 0, 255, 255], [0, 0, 255, 255], [128] * 4]
+    assert padded[0].tolist() == [[127] * 4, [0, 0, 255, 255], [0, 0, 255, 255], [127] * 4]
     assert fit_square(rgb, 4, "squash", GEOMETRY.mean).shape == (3, 4, 4)
     with pytest.raises(ValueError, match="expected squash, pad or crop"):
         fit_square(rgb, 4, "stretch", GEOMETRY.mean)

@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 
+from pivot.conversation import ChangedAnswer
 from pivot.data.lengths import build_lengths, load_lengths
-from tests.data.fakes import FakeProcessor, make_set
+from tests.data.fakes import FakeProcessor, make_plan, make_set
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,18 @@ def test_missing_and_foreign_files_are_errors(packed, tmp_path):
     np.save(next(tmp_path.rglob("tiny-000002*")), np.zeros(3))
     with pytest.raises(ValueError, match="not one record per sample; delete it"):
         load_lengths(packed, FakeProcessor(), tmp_path)
+
+
+def test_samples_whose_answer_the_template_changes_are_left_out_and_counted(packed, tmp_path):
+    class Forgetful(FakeProcessor):
+        def encode(self, prompt, completions):
+            if "yes" * 5 in completions["chosen"][0]["content"]:
+                raise ChangedAnswer("chosen: the chat template changes the answer")
+            return super().encode(prompt, completions)
+
+    build_lengths(packed, Forgetful(), tmp_path)
+    changed = sum("yes" * 5 in packed.read_text(row)["chosen"][0]["content"] for row in range(len(packed)))
+    assert changed == 4
+    plan = make_plan(packed, tmp_path, Forgetful())
+    assert plan.exclusions == {"whose answer the chat template changes (see data.chat_template)": changed}
+    assert plan.num_pairs == len(packed) - changed

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
-from pivot.config import DataConfig, ModelConfig, VisionTowerConfig
+from pivot.config import DataConfig, ImageConfig, ModelConfig, VisionTowerConfig
 from pivot.models.convert import (
     LlavaParts,
     from_llava_state_dict,
@@ -189,7 +189,7 @@ def test_open_clip_encoder_goes_back_into_its_clip(tmp_path: Path, with_timm: bo
     model = ModelConfig()
     model.vision_tower = VisionTowerConfig(path=f"open_clip:{name}@{tmp_path / 'clip.safetensors'}", image_size=size)
     model.language_model.path = str(tiny.tiny_tokenizer(tmp_path / "tokenizer"))
-    processor = build_processor(model, DataConfig())
+    processor = build_processor(model, DataConfig(image=ImageConfig(fit="squash")))
     tower = build_vision_tower(model.vision_tower, dtype=torch.bfloat16)
     state = {f"vision_tower.{name}": value for name, value in tower.state_dict().items()}
     write_vision_tower(tmp_path / "out", tower, state, processor)
