@@ -84,11 +84,17 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
     from pivot.evaluate.evaluator import evaluate
     from pivot.evaluate.held_out import open_held_out
     from pivot.evaluate.load import load_export
+    from pivot.models.language import check_positions
 
     data = run.data if run is not None else DataConfig()
     settings = run.evaluate if run is not None else EvaluateConfig()
     budget = (run.train if run is not None else TrainConfig()).max_tokens_per_micro_batch
+    max_tokens = options.max_tokens or data.max_tokens
+    max_new_tokens = options.max_new_tokens or settings.max_new_tokens
     loaded = load_export(export, world.device)
+    warning = check_positions(loaded.model.language_model.config, max_tokens + max_new_tokens)
+    if warning is not None:
+        print(f"{export}: {warning}")
     found = open_held_out(
         options.data,
         loaded.processor,
@@ -96,7 +102,7 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
         roles=("chosen",),
         cache_dir=options.cache_dir or _cache_dir(options.data),
         num_samples=options.num_samples or settings.num_samples,
-        max_tokens=options.max_tokens or data.max_tokens,
+        max_tokens=max_tokens,
         max_tokens_per_micro_batch=budget,
         say=print,
     )
@@ -106,7 +112,7 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
         loaded.model,
         loaded.model,
         world,
-        max_new_tokens=options.max_new_tokens or settings.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         max_tokens=budget,
     )
 

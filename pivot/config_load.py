@@ -52,6 +52,7 @@ def read_settings(path: str | Path) -> Config:
 
 
 _RESOLVER = re.compile(r"\$\{[^}]*:")  # ${name:...}; ${optim.lr} points into the file
+_OPENING = re.compile(r"(\\*)\$\{")
 
 
 def _without_resolvers(value: Any) -> Any:
@@ -60,7 +61,8 @@ def _without_resolvers(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_resolvers(part) for part in value]
     if isinstance(value, str) and _RESOLVER.search(value):
-        return value.replace("${", "\\${")  # OmegaConf's way to write the letters themselves
+        # OmegaConf's way to write the letters themselves, in which a backslash before them counts for two.
+        return _OPENING.sub(lambda match: 2 * match[1] + "\\${", value)
     return value
 
 

@@ -137,6 +137,8 @@ def _choose_how_it_runs(config: Any, where: str) -> None:
     config._experts_implementation = None
     config.return_dict = True
     config.output_attentions = config.output_hidden_states = False
+    if hasattr(config, "gradient_checkpointing"):  # transformers would switch it on whatever the run says
+        del config.gradient_checkpointing
 
 
 def read_text_config(path: str) -> PretrainedConfig:

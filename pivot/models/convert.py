@@ -27,9 +27,16 @@ from transformers import (
 )
 
 from pivot.config import COMPONENTS, ModelConfig, VisionTowerConfig
-from pivot.geometry import OPEN_CLIP, describe_vision_tower, read_config, read_vision_config, split_open_clip
+from pivot.geometry import (
+    OPEN_CLIP,
+    ImageGeometry,
+    describe_vision_tower,
+    read_config,
+    read_vision_config,
+    split_open_clip,
+)
 from pivot.models.language import check_text_config
-from pivot.models.loading import Gather, load_strictly, without_partitioned_loading
+from pivot.models.loading import Gather, load_strictly
 from pivot.models.projector import Projector
 from pivot.models.vision import (
     MODEL_CLASSES,
@@ -210,11 +217,10 @@ def write_llava(folder: str | Path, model: Any, state_dict: Mapping[str, Tensor]
     """
     config = to_llava_config(model.vision_tower, model.projector, model.language_model, processor)
     values = to_llava_state_dict(state_dict, model.vision_tower.set_aside, tied=config.tie_word_embeddings)
-    with without_partitioned_loading():
-        shell = _build_shell(LlavaForConditionalGeneration, config, values)
-        shell.generation_config = _to_generation_config(model.language_model.generation_config, processor)
-        _save_and_compare(folder, shell, values)
-        processor.save_pretrained(folder)
+    shell = _build_shell(LlavaForConditionalGeneration, config, values)
+    shell.generation_config = _to_generation_config(model.language_model.generation_config, processor)
+    _save_and_compare(folder, shell, values)
+    processor.save_pretrained(folder)
 
 
 def write_vision_tower(
@@ -228,15 +234,14 @@ def write_vision_tower(
     """
     values = {name.removeprefix(_TOWER): value for name, value in state_dict.items() if name.startswith(_TOWER)}
     values = {name: value.detach().cpu().contiguous() for name, value in (values | vision_tower.set_aside).items()}
-    with without_partitioned_loading():
-        if vision_tower.is_open_clip:
-            path = _write_open_clip(Path(folder), vision_tower, values, processor.geometry.fit)
-        else:
-            config = copy.deepcopy(vision_tower.model.config)
-            _save_and_compare(folder, _build_shell(MODEL_CLASSES[config.model_type], config, values), values)
-            processor.image_processor().save_pretrained(folder)
-            path = str(folder)
-        _compare_features(vision_tower, path, values)
+    if vision_tower.is_open_clip:
+        path = _write_open_clip(Path(folder), vision_tower, values, processor.geometry)
+    else:
+        config = copy.deepcopy(vision_tower.model.config)
+        _save_and_compare(folder, _build_shell(MODEL_CLASSES[config.model_type], config, values), values)
+        processor.image_processor().save_pretrained(folder)
+        path = str(folder)
+    _compare_features(vision_tower, path, values)
 
 
 def save_language_model(
@@ -247,15 +252,16 @@ def save_language_model(
     values = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     if config.tie_word_embeddings:
         values.pop("lm_head.weight", None)
-    with without_partitioned_loading():
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        shell = _build_shell(model_class, config, values)
-        shell.generation_config = _to_generation_config(language_model.generation_config, processor)
-        _save_and_compare(folder, shell, values)
-        processor.tokenizer.save_pretrained(folder)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    shell = _build_shell(model_class, config, values)
+    shell.generation_config = _to_generation_config(language_model.generation_config, processor)
+    _save_and_compare(folder, shell, values)
+    processor.tokenizer.save_pretrained(folder)
 
 
-def _write_open_clip(folder: Path, vision_tower: VisionTower, values: Mapping[str, Tensor], fit: str) -> str:
+def _write_open_clip(
+    folder: Path, vision_tower: VisionTower, values: Mapping[str, Tensor], geometry: ImageGeometry
+) -> str:
     """An open_clip folder: the image tower's values, and the text tower that the encoder came with."""
     import open_clip
 
@@ -270,8 +276,8 @@ def _write_open_clip(folder: Path, vision_tower: VisionTower, values: Mapping[st
         "size": facts.size,
         "mean": facts.mean,
         "std": facts.std,
-        "interpolation": "bicubic",
-        "resize_mode": {"squash": "squash", "crop": "shortest", "pad": "longest"}[fit],
+        "interpolation": geometry.resample,
+        "resize_mode": {"squash": "squash", "crop": "shortest", "pad": "longest"}[geometry.fit],
         "fill_color": round(255 * sum(facts.mean) / 3),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,7 @@ def _unsupported_traits(config: PretrainedConfig) -> dict[str, bool]:
     rotary = value("rope_parameters") is not None or value("rotary_dim") is not None
     return {
         "positions other than rotary ones": not rotary,
+        "attention to what follows (is_causal: false)": value("is_causal") is False,
         "sliding-window attention": "sliding_attention" in layer_types or (window and not layer_types),
         f"layers of the kinds {sorted(layer_types)}": bool(layer_types - {"full_attention", "sliding_attention"}),
         "attention soft-capping": value("attn_logit_softcapping") is not None,
@@ -78,7 +79,9 @@ def check_positions(config: Any, num_tokens: int) -> str | None:
     """
     limit = int(config.max_position_embeddings)
     for rope in _rope_settings(config):
-        trained = int(rope.get("original_max_position_embeddings") or limit)
+        # transformers scales `dynamic` from max_position_embeddings on, whatever else the mapping says.
+        original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+        trained = int(original or limit)
         if rope.get("rope_type") in _ROW_ROPES and num_tokens > trained:
             raise ValueError(
                 f"data.max_tokens: {num_tokens} tokens, but the positions of this {config.model_type} are scaled by "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations import deepspeed as zero_integration
 
 # Gives a context in which the full values of parameters can be read that ZeRO-3 has partitioned.
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -61,14 +60,3 @@ def build_random(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     config.dtype = dtype
     config._attn_implementation = "sdpa"
     return model_class(config).to(dtype=dtype)
-
-
-@contextmanager
-def without_partitioned_loading() -> Iterator[None]:
-    """Load whole models on this rank alone, even while a ZeRO-3 run makes transformers partition what it loads."""
-    reference = zero_integration._hf_deepspeed_config_weak_ref
-    zero_integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        zero_integration._hf_deepspeed_config_weak_ref = reference
