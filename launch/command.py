@@ -74,20 +74,25 @@ def report(error: Exception) -> int:
     rank = os.environ.get("RANK", "0")
     in_our_words = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None)
     if in_our_words and _raised_by_pivot(error):
-        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        _print_error(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")
         return USAGE_ERROR if isinstance(error, ValueError) else FAILED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "output_dir or data.cache_dir"
-        print(f"error: {where}: {error.strerror}; free some, the same command goes on", file=sys.stderr, flush=True)
+        _print_error(f"error: {where}: {error.strerror}; free some, the same command goes on")
         return FAILED
     from pivot.distributed import FailedElsewhere
 
     if isinstance(error, FailedElsewhere) or "Connection closed by peer" in str(error):  # a rank that tells the whole
-        print(f"[rank {rank}] {error}", file=sys.stderr, flush=True)
+        _print_error(f"[rank {rank}] {error}")
         return FAILED
-    traceback.print_exception(error)
-    sys.stderr.flush()
+    _print_error("".join(traceback.format_exception(error)).rstrip())
     return FAILED
+
+
+def _print_error(text: str) -> None:
+    from pivot.redact import redact
+
+    print(redact(text), file=sys.stderr, flush=True)
 
 
 def _raised_by_pivot(error: Exception) -> bool:

@@ -5,7 +5,8 @@
     checkpoints/latest           the newest one's name, moved after it was published
 
 DeepSpeed publishes its own `latest` before all ranks have written, and loads damaged or foreign shards without a
-word; neither is used. Order of a save: write into step-N.tmp, hash, manifest, fsync, rename, latest, prune.
+word, running what is pickled in them; none of it is used. Order of a save: write into step-N.tmp, hash, manifest,
+fsync, rename, latest, prune. A step-N.tmp is never read and may go at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import torch.distributed as dist
 
 from pivot import distributed
 from pivot.distributed import World
-from pivot.files import write_atomically
+from pivot.files import read_object, write_atomically
+from pivot.redact import redact
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -40,6 +42,7 @@ class Shards(Protocol):
 
     def save(self, folder: Path, tag: str) -> None: ...
     def load(self, folder: Path, tag: str) -> None: ...
+    def unknown_classes(self, path: Path) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,22 @@ def save(
     facts: dict[str, Any],
     size_bytes: int,
     keep: int,
+    say: Callable[[str], None],
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write and publish the checkpoint of `step`; collective. `state` comes back from `load`, the same on all ranks.
 
-    `facts` go into the manifest (world size, ZeRO stage, fingerprints); `extra(folder)` may add rank 0's own files.
-    A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
+    `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints); `extra(folder)` may add rank 0's own
+    files. A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
     launcher can reach them. What was published before stays untouched. OSError (ENOSPC) when the disk is too small.
     """
     final = distributed.broadcast(step_folder(checkpoints, step))
     partial = final.with_name(final.name + ".tmp")
     with distributed.shared_failure(f"preparing {partial}"):
         if world.is_main:
-            _require_space(checkpoints, size_bytes)
-            shutil.rmtree(partial, ignore_errors=True)
+            require_space(checkpoints, size_bytes)
+            if os.path.lexists(partial):
+                _remove(partial)
             partial.mkdir(parents=True)
     try:
         engine.save(checkpoints, partial.name)
@@ -93,7 +98,7 @@ def save(
                 extra(partial)
     except BaseException:
         free = shutil.disk_usage(checkpoints).free / 2**30
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         print(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
@@ -103,16 +108,18 @@ def save(
         if world.is_main:
             manifest = {"format": FORMAT, "step": step, **facts, "files": files}
             _publish(partial, final, manifest)
-            _prune(checkpoints, keep)
+            _prune(checkpoints, keep, say)
     _wait_for(final)
     return final
 
 
-def _require_space(folder: Path, size_bytes: int) -> None:
+def require_space(folder: Path, size_bytes: int, number: int = 1) -> None:
+    """OSError (ENOSPC) unless `number` checkpoints of `size_bytes` find room in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    if free < size_bytes:
-        needs = f"a checkpoint takes {size_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free, nothing was deleted"
+    if free < number * size_bytes:
+        what = "a checkpoint takes" if number == 1 else f"{number} checkpoints, the most at a time, take"
+        needs = f"{what} {number * size_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free, nothing was deleted"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})", str(folder))
 
 
@@ -140,15 +147,40 @@ def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
-    if final.exists():  # the same step saved again after a resume
-        shutil.rmtree(final)
+    if os.path.lexists(final):  # the same step saved again after a resume that passed it over
+        _remove(final)
     os.replace(partial, final)
     write_atomically(final.parent / "latest", final.name + "\n")
 
 
-def _prune(checkpoints: Path, keep: int) -> None:
+def _prune(checkpoints: Path, keep: int, say: Callable[[str], None]) -> None:
+    """Remove the oldest. Each is renamed first: one that a kill leaves half-removed is not taken for a checkpoint."""
     for folder in published(checkpoints)[:-keep]:
-        shutil.rmtree(folder)
+        try:
+            if folder.is_symlink():
+                folder.unlink()  # what lies elsewhere is not ours to remove
+            else:
+                folder.replace(folder.with_name(folder.name + ".tmp"))
+        except OSError as error:
+            say(f"warning: {folder} could not be removed ({error.strerror}); it takes room until it is")
+    sweep(checkpoints, say)
+
+
+def sweep(checkpoints: Path, say: Callable[[str], None]) -> None:
+    """Remove half-written and half-removed checkpoints; for the one process that may write here, between its saves."""
+    for partial in sorted(checkpoints.glob("step-????????.tmp")):
+        try:
+            _remove(partial)
+        except OSError as error:
+            say(f"warning: {partial} could not be removed ({error.strerror}); it takes room until it is")
+
+
+def _remove(path: Path) -> None:
+    """A link goes, and what it leads to stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _wait_for(folder: Path) -> None:
@@ -174,7 +206,9 @@ def find(checkpoints: Path, world: World, say: Callable[[str], None]) -> Checkpo
     A damaged one is named and left alone, and the next older is taken. RuntimeError when all are damaged: a run that
     asked to go on must not begin again.
     """
-    folders = distributed.broadcast(published(checkpoints))
+    folders, named = distributed.broadcast((published(checkpoints), _read_latest(checkpoints)))
+    if folders and named not in ("", *(folder.name for folder in folders)):
+        say(f"warning: {checkpoints / 'latest'} names {named}, which is not there")
     for folder in reversed(folders):
         manifest, problem = _verify(folder, world)
         if problem is None:
@@ -186,25 +220,53 @@ def find(checkpoints: Path, world: World, say: Callable[[str], None]) -> Checkpo
     return None
 
 
+def _read_latest(checkpoints: Path) -> str:
+    try:
+        return (checkpoints / "latest").read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
 def _verify(folder: Path, world: World) -> tuple[dict[str, Any], str | None]:
     """Compare each file with the manifest, the work split over the ranks; the first difference, or None."""
-    manifest: dict[str, Any] = {}
-    problem: str | None = None
+    manifest = read_object(folder / MANIFEST)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name in sorted(manifest["files"])[world.rank :: world.size]:
-            expected = manifest["files"][name]
-            if not (folder / name).is_file():
-                problem = problem or f"{name} is missing"
-            elif _describe(folder / name) != expected:
-                problem = problem or f"{name} is not the file of {expected['bytes']} bytes that was written"
-    except (OSError, ValueError, KeyError) as error:
+        problem = _find_difference(folder, manifest, world)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{MANIFEST}: {type(error).__name__}: {error}"
     return manifest, next((text for text in distributed.gather(problem) if text), None)
 
 
+def _find_difference(folder: Path, manifest: dict[str, Any], world: World) -> str | None:
+    files = manifest["files"]
+    if step_folder(folder.parent, manifest["step"]).name != folder.name:
+        return f"its {MANIFEST} is that of step {manifest['step']}"
+    for path in sorted(folder.rglob("*.pt")):  # what DeepSpeed would read without asking
+        if str(path.relative_to(folder)) not in files:
+            return f"{path.relative_to(folder)} is none of its files"
+    for name in sorted(files)[world.rank :: world.size]:
+        expected = files[name]
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _describe(folder / name) != expected:
+            return f"{name} is not the file of {expected['bytes']} bytes that was written"
+    return None
+
+
 def load(engine: Shards, checkpoint: Checkpoint, world: World) -> None:
-    """Put weights, optimizer state and this rank's random state back as they were saved. Collective."""
+    """Put weights, optimizer state and this rank's random state back as they were saved. Collective.
+
+    ValueError for a checkpoint with a file that needs more than tensors and plain values: loading it could run what
+    somebody put there, whatever the manifest says.
+    """
+    with distributed.shared_failure(f"opening {checkpoint.folder}"):
+        for path in sorted(checkpoint.folder.rglob("*.pt"))[world.rank :: world.size]:
+            unknown = engine.unknown_classes(path)
+            if unknown:
+                raise ValueError(
+                    f"{path} holds {', '.join(unknown)}, which training never writes there, and was not loaded; remove "
+                    "this checkpoint to go on from the one before it, and find out who put it there"
+                )
     engine.load(checkpoint.folder.parent, checkpoint.folder.name)
     states = torch.load(checkpoint.folder / f"rank-{world.rank:05d}.pt", weights_only=True)
     distributed.set_rng_state(states)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -179,6 +179,10 @@ class LogConfig:
 
 @dataclass
 class Config:
+    # Not a setting: what a YAML says where it refers to something ("${oc.env:NAME}"), as {key: (text, value)}. The text
+    # is saved in place of the value; `load_config` fills this in.
+    texts: ClassVar[dict[tuple[str | int, ...], tuple[str, str]]] = {}
+
     output_dir: str = MISSING
     init_from: str | None = None  # an HF LLaVA folder (for example a run's export/) to start from
     init_parts: list[str] | None = None  # of it, take only these components; None: all

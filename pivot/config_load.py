@@ -8,8 +8,11 @@ names the full key, what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pivot.config import OBJECTIVES, CompareConfig, Config, ConfigError, DPOConfig, SFTConfig
 from pivot.config_check import check_config
+from pivot.redact import MARK, is_redacted, is_secret_name, redact_setting, redact_values, remember
+
+_VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}]+?)\s*\}")  # one without a default
+_ANY_VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}]+?)\s*[,}]")
+Place = tuple[str | int, ...]  # a key and its sections, and indices into lists
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, objective: str | None = None) -> Config:
@@ -25,8 +33,30 @@ def load_config(path: str | Path, overrides: list[str] | None = None, objective:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; expected the run's YAML")
     layers = [_load_yaml(path), *(_parse_override(text) for text in overrides or [])]
+    sources = [str(path), *(f"command line '{redact_setting(text)}'" for text in overrides or [])]
+    for layer, source in zip(layers, sources, strict=True):
+        _require_unredacted(layer, source)
+    return _build(layers, sources, objective)
+
+
+def load_saved(path: str | Path) -> Config:
+    """A run's own config.yaml. What refers to a variable that is not set here stays that text, so that a run can be
+    looked at on any machine."""
+    layer, kept = _load_yaml(path), {}
+    for place, text in _walk_layer(layer):
+        literal = _VARIABLE.sub(lambda found: found[0] if found[1] in os.environ else f"\\{found[0]}", text)
+        if literal != text:
+            kept[place] = text
+            _put(layer, place, literal)
+    config = _build([layer], [str(path)], None)
+    for place, text in kept.items():
+        if place in config.texts:
+            config.texts[place] = text, config.texts[place][1]
+    return config
+
+
+def _build(layers: list[Any], sources: list[str], objective: str | None) -> Config:
     merged = OmegaConf.structured(Config)
-    sources = [str(path), *(f"command line '{text}'" for text in overrides or [])]
     for layer, source in zip(layers, sources, strict=True):
         if not isinstance(layer, DictConfig):
             raise ConfigError(f"{source}: expected a mapping of keys, found {type(layer).__name__}")
@@ -70,12 +100,49 @@ def _load_yaml(path: str | Path) -> Any:
     try:
         return OmegaConf.load(path)
     except Exception as error:  # yaml.YAMLError or OmegaConf's own; naming them would make yaml a dependency of ours
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "  # not the line: it may be
+        raise ConfigError(f"{path}: not valid YAML: {where}{problem or error}") from error  # one with a password
+
+
+def _require_unredacted(layer: Any, source: str) -> None:
+    """ConfigError where a saved config.yaml is started from whose passwords were left out."""
+    for place, text in _walk_layer(layer):
+        if is_redacted(text):
+            raise ConfigError(
+                f"{source}: {_dotted(place)}: found {MARK} where a password or token was left out when it was saved; "
+                "write it again, best as ${oc.env:NAME} with the variable in the environment"
+            )
+
+
+def _walk_layer(layer: Any) -> Iterator[tuple[Place, str]]:
+    return _texts(OmegaConf.to_container(layer, resolve=False)) if OmegaConf.is_config(layer) else iter(())
+
+
+def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every text of nested lists and mappings, with where it stands."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, (*place, key))
+
+
+def _put(tree: Any, place: Place, value: str) -> None:
+    for key in place[:-1]:
+        tree = tree[key]
+    tree[place[-1]] = value
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(map(str, place))
 
 
 def _parse_override(text: str) -> DictConfig:
     if "=" not in text or text.startswith("-"):
-        raise ConfigError(f"command line: found '{text}', expected key=value (for example optim.lr=1e-6)")
+        raise ConfigError(
+            f"command line: found '{redact_setting(text)}', expected key=value (for example optim.lr=1e-6)"
+        )
     return OmegaConf.from_dotlist([text])
 
 
@@ -150,12 +217,25 @@ def _to_typed(config: DictConfig) -> Config:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(_missing_text(missing))
+        references = [(place, text) for place, text in _walk_layer(config) if "${" in text]
+        _remember_environment(references)
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         text = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'config'}: {text}") from error
     assert isinstance(typed, Config)
+    values = dict(_texts(dataclasses.asdict(typed)))  # of a number the value is saved, of a text what refers to it
+    vars(typed)["texts"] = {place: (text, values[place]) for place, text in references if place in values}
     return typed
+
+
+def _remember_environment(references: list[tuple[Place, str]]) -> None:
+    """Have the values of variables shown by name. What names the run's folder can be read there by everybody."""
+    named = {name for place, text in references if place == ("output_dir",) for name in _ANY_VARIABLE.findall(text)}
+    for place, text in references:
+        for name in _ANY_VARIABLE.findall(text):
+            if name in os.environ and (name not in named or is_secret_name(name)):
+                remember(name, os.environ[name], key=_dotted(place))
 
 
 def _missing_text(keys: list[str]) -> str:
@@ -166,5 +246,11 @@ def _missing_text(keys: list[str]) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML; `load_config` reads it back equal."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The config as YAML, without secrets: what a YAML takes from the environment is written as it stands there, and
+    passwords of URLs are left out. Else `load_config` reads it back equal."""
+    settings = dataclasses.asdict(config)
+    values = dict(_texts(settings))
+    for place, (text, value) in config.texts.items():
+        if values.get(place) == value:
+            _put(settings, place, text)
+    return OmegaConf.to_yaml(OmegaConf.create(redact_values(settings)))

@@ -10,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pivot.config import COMPONENTS, ConfigError, OptimConfig
 from pivot.distributed import World, any_rank
+from pivot.memory import MASTER, MOMENTS
 from pivot.meter import ComponentMeter
 
 ONE_SUB_GROUP = 10**12  # ZeRO-3 steps a component in one piece, so that its norms are those of the whole component
@@ -75,6 +80,26 @@ def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
     finally:
         del alive
         unset_hf_deepspeed_config()
+
+
+_IN_DEEPSPEEDS_FILES = [LossScaler, ZeroStageEnum, fragment_address]  # its classes there, plain data all of them
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextlib.contextmanager
+def _inert_loading() -> Iterator[None]:
+    """torch.load builds tensors, plain values and DeepSpeed's few classes, and calls nothing that a file names.
+
+    DeepSpeed asks for weights_only=False wherever it loads; torch lets the environment overrule every caller.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_IN_DEEPSPEEDS_FILES):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
@@ -165,10 +190,24 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, client_state={})
 
     def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote; RuntimeError when DeepSpeed finds nothing (it only warns)."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        """Restore what `save` wrote; RuntimeError when DeepSpeed finds nothing (it only warns), ValueError when a file
+        would have to run code."""
+        try:
+            with _inert_loading():
+                path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder / tag}: a file does not hold what training writes ({reason})") from error
         if path is None:
             raise RuntimeError(f"{folder / tag}: DeepSpeed loaded nothing; the checkpoint is not one of this stage")
+
+    def unknown_classes(self, path: Path) -> list[str]:
+        """What a file of torch.save names beyond tensors, plain values and DeepSpeed's own; nothing of it is run."""
+        try:
+            with _inert_loading():
+                return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            return [f"no file of torch.save ({str(error).splitlines()[0]})"]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model on rank 0's CPU, one tensor at a time, tied ones once each; empty elsewhere. Collective."""
@@ -210,11 +249,14 @@ class Engine:
         return not any_rank(size > room, self.world.device)
 
     def checkpoint_bytes(self) -> int:
-        """About what `save` writes over all ranks: weights, and for trained ones fp32 masters and two moments."""
+        """About what `save` writes over all ranks: weights, fp32 masters of the trained ones, and their moments."""
+        master = MASTER if self.stage > 0 else 0
         size = 0
         for parameter in self.model.parameters():
-            numel = getattr(parameter, "ds_numel", parameter.numel())
-            size += numel * (parameter.element_size() + 12 * parameter.requires_grad)
+            trained = (master + MOMENTS[self._optim.name]) * parameter.requires_grad
+            is_master_alone = self.stage == 3 and parameter.requires_grad
+            kept = 0 if is_master_alone else parameter.element_size()
+            size += getattr(parameter, "ds_numel", parameter.numel()) * (kept + trained)
         return size
 
     # -- facts ---------------------------------------------------------------------------------------------------

@@ -34,6 +34,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; {} where there is no file, or something else in it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """As .npy, without pickle."""
     content = io.BytesIO()

@@ -22,6 +22,7 @@ from pivot.data.shards import ShardSet
 from pivot.distributed import World
 from pivot.inputs import Inputs, Say, first_screen, open_inputs, open_loader
 from pivot.models.build import Sources, build_mllm, weights_fingerprint
+from pivot.redact import tell
 from pivot.reference import ReferenceCache, Score, reference_fingerprint
 
 
@@ -109,7 +110,7 @@ def _build_scorer(config: Config, inputs: Inputs, world: World) -> Score:
 def make_references(config: Config, *, check_only: bool = False) -> None:
     """What `launch/reference.py` does. Collective. Raises ConfigError where the loss needs no reference."""
     world = distributed.start(config.train.timeout_s)
-    say: Say = partial(print, flush=True) if world.is_main else lambda text: None
+    say: Say = tell if world.is_main else lambda text: None
     inputs = open_inputs(config, world, say)
     say(first_screen(config, inputs, world))
     if not inputs.objective.needs_reference:

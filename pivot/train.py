@@ -32,15 +32,15 @@ from pivot.metrics import RunLog, StepMetrics, Timer, peak_memory_gib, send
 from pivot.models.build import Sources, build_mllm
 from pivot.models.mllm import MLLM
 from pivot.models.parts import write_model
+from pivot.redact import tell
 from pivot.report import write_report
-from pivot.run import RunFolder
+from pivot.run import DONE, FAILED, PREEMPTED, RunFolder, require_own_checkpoint, settings_digests
 from pivot.schedule import learning_rate_factor
 from pivot.scoring import open_references
 from pivot.selfcheck import REPACKED_PAIRS, GradientWatch, margin_tolerance, require_zero_margins, start_margins
 from pivot.step import run_micro_batch
 from pivot.trace import Tracer
 
-DONE, PREEMPTED = "done", "preempted"
 MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
 
 
@@ -52,24 +52,26 @@ def train(config: Config, *, check_only: bool = False) -> str:
     user can mend, RuntimeError for what the machine did.
     """
     world = distributed.start(config.train.timeout_s)
-    say: Say = partial(print, flush=True) if world.is_main else _silent
+    say: Say = tell if world.is_main else _silent
+    folder = RunFolder(config.output_dir)
+    with distributed.shared_failure(f"opening {folder.path}"):
+        if world.is_main:
+            folder.check(config)  # before minutes of reading data
     inputs = open_inputs(config, world, say)
     say(first_screen(config, inputs, world))
     if check_only:
         return DONE
-    folder = RunFolder(config.output_dir)
-    before: dict[str, Any] = {}
+    finished: int | None = None
     with distributed.shared_failure(f"opening {folder.path}"):
         if world.is_main:
-            before = folder.claim(config)
-    before = distributed.broadcast(before)
-    status: dict[str, Any] = {"status": "failed", "reason": "it ended without a word"}
+            finished = folder.claim(config, inputs.total_steps, say)
+    finished, folder.id = distributed.broadcast((finished, folder.id))
+    if finished is not None:
+        say(f"this run is finished: {finished} steps done, export in {folder.export}")
+        return DONE
+    status: dict[str, Any] = {"status": FAILED, "reason": "it ended without a word"}
     try:
-        if before.get("status") == DONE and before["step"] >= inputs.total_steps:
-            say(f"this run is finished: {before['step']} steps done, export in {folder.export}")
-            status = before
-        else:
-            status = Trainer(config, folder, inputs, world).run()
+        status = Trainer(config, folder, inputs, world).run()
     except BaseException as error:
         status["reason"] = f"{type(error).__name__}: {error}"
         raise
@@ -91,10 +93,7 @@ class Trainer:
 
     def __init__(self, config: Config, folder: RunFolder, inputs: Inputs, world: World) -> None:
         self.config, self.folder, self.inputs, self.world = config, folder, inputs, world
-        self.log = RunLog(
-            folder.path, total_steps=inputs.total_steps, is_main=world.is_main, tensorboard=config.log.tensorboard
-        )
-        self.say: Say = self.log.say
+        self.say: Say = tell if world.is_main else _silent
         self.spent = Spent()
         self.clock = Clock(self.spent, world)
         self.objective = inputs.objective
@@ -106,6 +105,13 @@ class Trainer:
         again = config.train.activation_checkpointing == "full"  # what selective computes again is no matrix product
         self.counter = build_counter(inputs.skeleton, config.optim.trained(), activation_checkpointing=again)
         self.step, self.masked = self._restore()
+        self.log = RunLog(
+            folder.path,
+            first_step=self.step,
+            total_steps=inputs.total_steps,
+            is_main=world.is_main,
+            tensorboard=config.log.tensorboard,
+        )
         self.stop: StopSignal | None = None
         self.stopping = False
         self.waited_s = 0.0  # of the loader's data_wait_s, what is in the log
@@ -152,6 +158,7 @@ class Trainer:
             start = f"init_from {self.config.init_from}" if self.config.init_from else "model.*"
             self.say(f"start      step 0, weights from {start}")
             return 0, 0
+        require_own_checkpoint(found.folder, found.manifest, self.config, self.folder.id)
         for name, now in self._shape_of_state().items():
             if found.manifest[name] != now:
                 raise ConfigError(
@@ -181,23 +188,43 @@ class Trainer:
                 "objective": self.objective.state_dict(),
                 "spent": asdict(self.clock.read()),
             },
-            facts=self._shape_of_state() | {"plan_fingerprint": plan.fingerprint, "pivot": pivot.__version__},
+            facts=self._shape_of_state()
+            | {
+                "run": self.folder.id,
+                "settings": settings_digests(self.config, self.folder.id),
+                "plan_fingerprint": plan.fingerprint,
+                "pivot": pivot.__version__,
+            },
             size_bytes=self.engine.checkpoint_bytes(),
             keep=self.config.checkpoint.keep,
+            say=self.say,
         )
+        if self.world.is_main:
+            self.folder.note_saved(self.step)
         self.say(f"saved      {path}")
+
+    def _require_space(self) -> None:
+        """Room for the checkpoints to come, now rather than in hours: one more than is kept lies there at a time."""
+        if self.world.is_main:
+            section, there = self.config.checkpoint, len(checkpoint.published(self.folder.checkpoints))
+            left = self.inputs.total_steps - self.step
+            to_come = math.ceil(left / section.every_steps) if section.every_steps else min(left, 1)
+            number = min(to_come, section.keep + 1 - there)
+            checkpoint.require_space(self.folder.checkpoints, self.engine.checkpoint_bytes(), max(number, 0))
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train what is left, then export; the status: done, or preempted when a signal came (the state is saved)."""
         total = self.inputs.total_steps
+        with distributed.shared_failure(f"looking for room in {self.folder.checkpoints}"):
+            self._require_space()
         tflops = distributed.gather(measure_matmul_tflops(self.world.device, self.inputs.dtype))
         facts = start_facts(self.inputs, self.world) | self.engine.facts()
         self.log.event("start", step=self.step, matmul_tflops=sum(tflops) / len(tflops), **facts)
         self.stop = StopSignal()
         tolerance = self._margin_tolerance() if self.step == 0 else None
-        if self.step == 0:
+        if self.step < total and self._evaluates(self.step):
             self._evaluate()
         timer, skipped = Timer(sum(tflops)), 0
         tracer = Tracer(self.folder.path / "profile", self.config.log.profile_steps, self.world, self.say)
@@ -223,7 +250,7 @@ class Trainer:
                 return {"status": PREEMPTED, "step": self.step}
             if self.step == total:
                 break
-            if self.config.evaluate.every_steps and self.step % self.config.evaluate.every_steps == 0:
+            if self._evaluates(self.step):
                 self._evaluate()
                 timer.read()  # the rates are those of training
         tracer.stop()
@@ -299,9 +326,15 @@ class Trainer:
             self.config, self.inputs, self.world, plan, first_step=first_step, bad_samples_dir=bad_samples_dir
         )
 
+    def _evaluates(self, step: int) -> bool:
+        """Whether the held-out set is scored after `step` steps, the last one aside."""
+        every = self.config.evaluate.every_steps
+        return step == 0 or (every > 0 and step % every == 0)
+
     def _evaluate(self) -> None:
-        """A row of held-out numbers in the log, sample answers and outcomes beside it; nothing without data.eval."""
-        if self.inputs.held_out is None:
+        """A row of held-out numbers in the log, sample answers and outcomes beside it; nothing without data.eval, or
+        where the start before this one got as far."""
+        if self.inputs.held_out is None or distributed.broadcast(self.log.has_evaluation(self.step)):
             return
         found = evaluator.evaluate(
             self.inputs.held_out,

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pivot.config import ModelConfig, VisionTowerConfig
+from pivot.files import read_object
 from pivot.geometry import OPEN_CLIP
 from pivot.models.convert import save_language_model, to_llava_config, write_llava, write_vision_tower
 from pivot.models.mllm import MLLM
@@ -60,6 +61,23 @@ def write_parts(
 
 def is_parts(path: str) -> bool:
     return (Path(path) / PARTS).is_file()
+
+
+def is_model(folder: Path) -> bool:
+    """Whether `folder` holds what `write_model` writes, with every file of weights."""
+    if not is_parts(str(folder)):
+        return _holds_weights(folder)
+    parts = (folder / "vision_tower", folder / "language_model")
+    return (folder / "projector.safetensors").is_file() and all(map(_holds_weights, parts))
+
+
+def _holds_weights(folder: Path) -> bool:
+    """A configuration, and the files that an index of weights names, or else any."""
+    names: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        names |= set(map(str, read_object(index).get("weight_map", {}).values()))
+    weights = all((folder / name).is_file() for name in names) if names else any(folder.glob("*.safetensors"))
+    return any(folder.glob("*config.json")) and weights
 
 
 def part_paths(path: str) -> dict[str, str]:

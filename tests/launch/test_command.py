@@ -147,7 +147,7 @@ def test_scripts_start_from_anywhere(script: str, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OSError) as found:
-        checkpoint._require_space(tmp_path, 2**60)
+        checkpoint.require_space(tmp_path, 2**60)
     assert report(found.value) == 1
     told = capsys.readouterr().err
     assert f"{tmp_path}: No space left on device (a checkpoint takes {2**30:.2f} GiB" in told
