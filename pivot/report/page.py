@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,6 +25,7 @@ from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval
 from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, compare, read_outcomes
 from pivot.files import write_atomically
+from pivot.redact import redact
 from pivot.report.charts import Chart, Series, format_number, interval_bar
 from pivot.report.read import Row, Run, find_previous, read_run
 
@@ -170,8 +172,11 @@ def _change(moments: list[Moment], metric: str) -> Interval | None:
     """What the newest stage changed, sample by sample."""
     if len(moments) < 2:
         return None
-    before, after = (read_outcomes(m.run.folder, m.row["step"]) for m in moments[-2:])
-    return compare(before, after, metric)
+    try:
+        before, after = (read_outcomes(m.run.folder, m.row["step"]) for m in moments[-2:])
+        return compare(before, after, metric)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, BadZipFile):
+        return None  # a file in held_out/ is damaged; the shares themselves stand in the log
 
 
 def _held_out_charts(run: Run) -> list[Chart]:
@@ -299,30 +304,32 @@ class Images:
 def _facts(run: Run) -> list[tuple[str, str]]:
     start, config = run.start, run.config
     parameters = start.get("num_parameters", {})
-    excluded = ", ".join(f"{count:,} {reason}" for reason, count in start.get("exclusions", {}).items())
+    excluded = ", ".join(f"{count or 0:,} {reason}" for reason, count in start.get("exclusions", {}).items())
     newest = run.evaluations[-1] if run.evaluations else {}
     perf = run.steps[-1] if run.steps else {}
+    others = ", ".join(f"{count:,} of {name}" for name, count in run.passed_over.items() if count)
     masked = sum(int(row.get("masked") or 0) for row in run.steps)
     facts = [
-        ("training data", f"{config.data.train}, {start.get('num_pairs', 0):,} samples"),
+        ("training data", f"{config.data.train}, {start.get('num_pairs') or 0:,} samples"),
         ("excluded", excluded or "none"),
         ("damaged samples", f"{masked:,}" if masked else "none"),
         ("held-out data", config.data.eval or "none"),
-        ("held-out samples", f"{newest.get('eval/num_samples', 0):,.0f}" if newest else "-"),
-        ("questions", f"{newest.get('eval/num_questions', 0):,.0f}" if newest else "-"),
-        ("parameters", f"{sum(parameters.values()):,}"),
-        *((name.replace("_", " "), f"{count:,}") for name, count in parameters.items()),
+        ("held-out samples", f"{newest.get('eval/num_samples') or 0:,.0f}" if newest else "-"),
+        ("questions", f"{newest.get('eval/num_questions') or 0:,.0f}" if newest else "-"),
+        ("parameters", f"{sum(count or 0 for count in parameters.values()):,}"),
+        *((name.replace("_", " "), f"{count or 0:,}") for name, count in parameters.items()),
         ("ranks", f"{start.get('world_size', '?')} on {start.get('device', '?')}".replace("cuda:0", "cuda")),
         ("ZeRO stage", str(start.get("zero_stage", "?"))),
         ("precision", str(start.get("dtype", "?")).removeprefix("torch.")),
         ("memory", f"{perf['perf/peak_memory_gib']:.1f} GiB a rank" if perf.get("perf/peak_memory_gib") else "-"),
         ("useful share of the matrix rate", f"{100 * perf['perf/mfu']:.1f} %" if perf.get("perf/mfu") else "-"),
         ("spent", describe(run.end, "pairs" if run.objective == "DPO" else "samples") if "flops" in run.end else "-"),
+        *([("lines passed over", f"{others}: not what a run writes, or cut short")] if others else []),
         ("seed", str(config.train.seed)),
         ("data plan", str(start.get("plan_fingerprint", "-"))[:16]),
         *((f"{name} version", str(version)) for name, version in start.get("versions", {}).items()),
     ]
-    return facts
+    return [(name, redact(value)) for name, value in facts]
 
 
 def _percent(share: float) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pivot.config import Config
 from pivot.config_load import read_settings
-
-Row = dict[str, Any]
+from pivot.files import read_object
+from pivot.report.rows import Row, is_log_row, is_sample, read_rows
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,7 @@ class Run:
     evaluations: list[Row]
     answers: dict[tuple[int, int], Row]  # (step, data row) -> what samples.jsonl has
     status: Row
+    passed_over: dict[str, int]  # file -> lines that are not what a run writes
 
     @property
     def name(self) -> str:
@@ -61,8 +60,9 @@ def read_run(folder: str | Path) -> Run:
     for name in ("config.yaml", "log.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}, so it is no run; expected a run's output_dir")
-    rows = list(_read_lines(folder / "log.jsonl"))
-    status = folder / "status"
+    rows, not_rows = read_rows(folder / "log.jsonl", is_log_row)
+    samples, not_samples = read_rows(folder / "samples.jsonl", is_sample)
+    status = read_object(folder / "status")
     return Run(
         folder=folder,
         config=read_settings(folder / "config.yaml"),
@@ -70,24 +70,14 @@ def read_run(folder: str | Path) -> Run:
         end=next((row for row in reversed(rows) if row.get("event") == "end"), {}),
         steps=_newest(row for row in rows if "event" not in row),
         evaluations=_newest(row for row in rows if row.get("event") == "eval"),
-        answers={(row["step"], row["row"]): row for row in _read_lines(folder / "samples.jsonl")},
-        status=json.loads(status.read_text()) if status.is_file() else {},
+        answers={(row["step"], row["row"]): row for row in samples},
+        status=status if isinstance(status.get("status"), str) else {},
+        passed_over={"log.jsonl": not_rows, "samples.jsonl": not_samples},
     )
 
 
-def _read_lines(path: Path) -> Iterable[Row]:
-    """The JSON objects of a file; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
 def _newest(rows: Iterable[Row]) -> list[Row]:
-    found = {row["step"]: row for row in rows if "step" in row}
+    found = {row["step"]: row for row in rows}
     return [found[step] for step in sorted(found)]
 
 
