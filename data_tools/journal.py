@@ -6,21 +6,19 @@ last finished shard; one with another is refused; one at the same time waits for
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import socket
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from pivot.data.index import BYTES_PER_RECORD
 from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.files import write_json
+from pivot.lock import FileLock, Held
 
 # What write_json leaves when it is killed. It is nobody's: who else would finish it does not hold our lock.
 LEFTOVER = re.compile(r"(pack|manifest|stats)\.json\.\d+\.part")
@@ -36,7 +34,7 @@ class Journal:
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self.out, self._identity = out, identity
         self._path, self._manifest = out / "pack.json", out / "manifest.json"
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(out / "pack.lock")
         self.finished = False
         self.state: dict[str, Any] | None = None
 
@@ -75,10 +73,9 @@ class Journal:
         return self
 
     def _release(self) -> None:
-        if self._lock is not None:
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
+        if self._lock.held:
+            self._lock.path.unlink(missing_ok=True)
+            self._lock.release()
             if self.state is None and not any(self.out.iterdir()):  # nothing came of it
                 self.out.rmdir()
 
@@ -129,27 +126,11 @@ class Journal:
             raise ValueError(f"{self.out} is not empty and holds no pack; choose another --out")
 
     def _take_lock(self) -> None:
-        """The kernel lets go of it when the process dies, so there is no stale lock to handle."""
         self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "pack.lock"
-        while True:
-            file = path.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                file.close()
-                raise ValueError(
-                    f"{self.out} is being written by {owner}; wait for it, or choose another --out"
-                ) from error
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break
-            file.close()  # its holder removed it between our open and our lock
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        self._lock = file
+        try:
+            self._lock.take()
+        except Held as held:
+            raise ValueError(f"{self.out} is being written by {held}; wait for it, or choose another --out") from held
 
 
 def require_files(out: Path, shards: Iterable[Shard]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pivot.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +26,7 @@ USAGE = """usage: deepspeed launch/{script}.py CONFIG [key=value ...] [--check |
 
 # Done; failed; for the user to mend; stopped by a signal (sysexits' EX_TEMPFAIL): the same command goes on.
 OK, FAILED, USAGE_ERROR, AGAIN = 0, 1, 2, 75
+INTERRUPTED = 130  # by Ctrl-C, as a shell counts it
 
 
 def main(objective: str, arguments: list[str], *, script: str | None = None) -> int:
@@ -43,17 +46,25 @@ def main(objective: str, arguments: list[str], *, script: str | None = None) -> 
 
     try:
         config = load_config(words[0], words[1:], objective)
-        if "--print-config" in flags:
-            print(to_yaml(config), end="")
-            return OK
-        from pivot import distributed
-
-        try:
-            return (_make_references if script == "reference" else _train)(config, "--check" in flags)
-        finally:
-            distributed.stop()
     except Exception as error:
         return report(error)
+    if "--print-config" in flags:
+        print(to_yaml(config), end="")
+        return OK
+    return _run(_make_references if script == "reference" else _train, config, "--check" in flags)
+
+
+def _run(task: Callable[[Config, bool], int], config: Config, check_only: bool) -> int:
+    from pivot import distributed
+
+    try:
+        code = task(config, check_only)
+    except Exception as error:
+        code = report(error)
+    except KeyboardInterrupt:  # before training remembers signals: there is nothing to save yet
+        code = INTERRUPTED
+    distributed.stop(code)
+    return code
 
 
 def _train(config: Config, check_only: bool) -> int:

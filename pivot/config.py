@@ -142,7 +142,7 @@ class TrainConfig:
     activation_checkpointing: str = "none"  # | selective: norms, activations, gathered keys are computed again in
     # backward, about half of what a block keeps for a few percent of time | full: blocks are, a third more time
     attention: str = "auto"  # auto | torch_varlen | flash_attn | sdpa: the back end of the prefix trees' attention
-    timeout_s: float = 600.0  # a collective that waits longer ends the run
+    timeout_s: float = 600.0  # a collective, or a batch from the loader's workers, that takes longer ends the run
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pivot.leave import time_limit
 from pivot.ports import free_port
 from pivot.quiet import silence_known_warnings
 
@@ -70,10 +71,14 @@ def _prepare_environment() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
 
 
-def stop() -> None:
-    """Leave the group: without it, rank 0 can abort at exit while others still hold connections."""
+def stop(code: int = 1) -> None:
+    """Leave the group: without it, rank 0 can abort at exit while others still hold connections.
+
+    The process ends with `code` where that takes too long, as it may when another rank is dead.
+    """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        with time_limit(code):
+            dist.destroy_process_group()
 
 
 def broadcast(value: Value) -> Value:

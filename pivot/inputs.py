@@ -247,6 +247,7 @@ def open_loader(
         workers=config.data.workers,
         bad_samples_dir=bad_samples_dir,
         pin_memory=world.device.type == "cuda",
+        timeout_s=config.train.timeout_s,
     )
 
 

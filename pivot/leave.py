@@ -1,9 +1,16 @@
-"""How a process that ran torch's threads ends."""
+"""How a process that ran torch's threads ends: with its own code, and within a limit."""
 
 import atexit
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+from pivot.workers import kill_workers
+
+LIMIT_S = 30.0  # for what an end waits for: other ranks, which may be dead, and what is registered with atexit
 
 
 def leave(code: int) -> NoReturn:
@@ -13,7 +20,26 @@ def leave(code: int) -> NoReturn:
     through code that must not throw, and the process aborts ("terminate called without an active exception"): a
     finished run would count as failed. Gloo's threads let go of the last tensors of a collective at any time.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with time_limit(code):
+        kill_workers()  # multiprocessing's own end would wait for each, be it stuck in a read
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextmanager
+def time_limit(code: int) -> Iterator[None]:
+    """End this process with `code` when what is inside takes longer than LIMIT_S."""
+    timer = threading.Timer(LIMIT_S, _end_now, [code])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_now(code: int) -> None:
+    os.write(2, f"the end took longer than {LIMIT_S:g} s; leaving without the rest\n".encode())
     os._exit(code)

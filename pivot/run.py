@@ -8,21 +8,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import secrets
-import socket
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pivot.checkpoint import MANIFEST, published, sweep
 from pivot.config import Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig
 from pivot.config_load import load_saved, to_yaml
 from pivot.files import read_object, write_atomically, write_json
+from pivot.lock import FileLock, Held
 from pivot.models.parts import is_model
 from pivot.redact import redact, redact_values
 
@@ -67,7 +66,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.id = ""  # of the run, drawn at its first start; "" for one that was begun before runs had ids
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(self.path / "lock")
 
     def check(self, config: Config) -> None:
         """ConfigError where `output_dir` cannot become or go on being this run's folder; nothing is changed."""
@@ -184,17 +183,12 @@ class RunFolder:
         sweep(self.checkpoints, say)
 
     def _take_lock(self) -> None:
-        # The kernel lets go of it when the process dies, so there is no stale lock to handle.
-        self._lock = (self.path / "lock").open("a+", encoding="utf-8")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            raise ConfigError(f"output_dir: {self.path} is being written by {self._lock.read().strip()}") from error
-        self._lock.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else ""))
-        self._lock.flush()
+            self._lock.take()
+        except Held as held:
+            raise ConfigError(
+                f"output_dir: {self.path} is being written by {held}; wait for it to end, or choose another output_dir"
+            ) from held
 
     def set_status(self, status: str, **facts: Any) -> None:
         """running, done, preempted or failed: what a job script tests, since launchers lose exit codes."""

@@ -1,21 +1,27 @@
-"""Worker processes that end with their parent, and whose death the parent survives."""
+"""Worker processes that end with their parent, keep nothing of its, and whose death the parent survives."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import socket
+import stat
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import Pipe, Process
+from multiprocessing import Pipe, Process, active_children
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+END_WITHIN_S = 5.0  # for a worker that was told to end; then it is killed
 Worker = tuple[Process, Connection]
 
 
@@ -57,15 +63,18 @@ class WorkerPool(ThreadPoolExecutor):
 def worker_pool(num: int, start: Callable[..., Any] | None = None, *arguments: Any) -> Iterator[WorkerPool]:
     """`num` processes; each runs `start` once before its first task. Raises ChildProcessError when one has died."""
     workers = [_start_worker(start, arguments) for _ in range(num)]
+    pool = WorkerPool(workers)
     try:
-        with WorkerPool(workers) as pool:
-            yield pool
+        yield pool
+        pool.shutdown()
     finally:
-        for process, pipe in workers:
-            with suppress(OSError):  # it died
-                pipe.send(None)
-            process.join()
-            pipe.close()
+        with ending([process for process, _ in workers]):  # after an error also those that are at a task
+            pool.shutdown(cancel_futures=True)
+            for process, pipe in workers:
+                with suppress(OSError):  # it died
+                    pipe.send(None)
+                process.join()
+                pipe.close()
 
 
 def _start_worker(start: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> Worker:
@@ -77,11 +86,7 @@ def _start_worker(start: Callable[..., Any] | None, arguments: tuple[Any, ...]) 
 
 
 def _work(pipe: Connection, parent: int, start: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the parent says what happens
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after `kill -9` of a command none is left waiting
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
+    be_worker_of(parent, ignore=(signal.SIGINT,))  # Ctrl-C reaches all of them; the parent says what happens
     if start is not None:
         start(*arguments)
     while (task := pipe.recv()) is not None:
@@ -93,3 +98,69 @@ def _work(pipe: Connection, parent: int, start: Callable[..., Any] | None, argum
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")  # a traceback does not travel
             answer = error, None
         pipe.send(answer)
+
+
+def be_worker_of(parent: int, *, ignore: tuple[signal.Signals, ...]) -> None:
+    """In a forked process: end when `parent` ends, even by `kill -9`, and hold none of its connections."""
+    for number in ignore:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
+    _drop_connections()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _drop_connections() -> None:
+    """Let go of the ranks' sockets: a dead rank would look alive to the others for as long as its workers live.
+
+    Their numbers stay taken, since the objects that were forked along may close them.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"):
+        with suppress(OSError):  # that of the listing itself is closed by now
+            if int(name) > 2 and _is_connection(int(name)):
+                os.dup2(nothing, int(name), inheritable=False)
+    os.close(nothing)
+
+
+def _is_connection(descriptor: int) -> bool:
+    """Whether it is a socket to other machines; those of multiprocessing are of the machine's own kind."""
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(descriptor)) as found:
+        return found.family in (socket.AF_INET, socket.AF_INET6)
+
+
+@contextmanager
+def ending(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """Inside, `workers` are told to end; whoever lives after END_WITHIN_S is killed meanwhile."""
+    timer = threading.Timer(END_WITHIN_S, _kill, [workers])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def kill_workers() -> None:
+    """Kill what is left of this process's children, whatever they do: they only read for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error for a worker that a signal ended
+    children = active_children()
+    _kill(children)
+    for child in children:
+        child.join(END_WITHIN_S)  # not for ever: one that waits for a disk ends once the disk answers
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()

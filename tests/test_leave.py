@@ -40,3 +40,35 @@ def test_the_end_is_not_an_abort(code: int) -> None:
     )
     assert process.returncode == code, process.stderr
     assert process.stdout == "finished, registered"
+
+
+# A worker that ignores SIGTERM, as a loader's does, and hangs in a read.
+STUCK = """
+import multiprocessing, os, signal, sys
+from pivot.leave import leave
+
+def work(pipe):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipe.send(os.getpid())
+    signal.pause()
+
+ours, theirs = multiprocessing.Pipe()
+multiprocessing.get_context("fork").Process(target=work, args=(theirs,), daemon=True).start()
+os.kill(ours.recv(), signal.SIGSTOP)
+leave(7)
+"""
+
+# What is registered with atexit never returns.
+ENDLESS = """
+import atexit, time
+from pivot import leave
+leave.LIMIT_S = 0.5
+atexit.register(time.sleep, 600)
+leave.leave(7)
+"""
+
+
+@pytest.mark.parametrize("script", [STUCK, ENDLESS], ids=["worker", "atexit"])
+def test_every_end_has_a_limit(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr

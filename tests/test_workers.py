@@ -3,10 +3,17 @@
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
+from pivot import workers
 from pivot.workers import worker_pool
 
 
@@ -55,3 +62,68 @@ def test_the_other_workers_finish_what_they_have():
             dying.result(timeout=60)
         ended = [future.exception(timeout=60) for future in others]
         assert all(error is None or isinstance(error, ChildProcessError) for error in ended)
+
+
+def connections() -> list[str]:
+    """What of this process's open files is a socket to other machines."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as one:
+                    found += [name] if one.family == socket.AF_INET else []
+    return found
+
+
+def test_a_worker_holds_none_of_its_parents_connections():
+    """A rank that dies then looks dead to the others, whoever of its workers is left; the parent's own goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
+        theirs, _ = server.accept()
+        with theirs, worker_pool(1) as pool:
+            assert len(connections()) == 3
+            assert pool.submit(connections).result() == []
+            ours.sendall(b"still here")
+            assert theirs.recv(100) == b"still here"
+
+
+ORPHANS = """
+import os, signal, sys, time
+from pivot.workers import worker_pool
+with worker_pool(2) as pool:
+    list(pool.map(time.sleep, [0.3, 0.3]))  # both are at work
+    pids = [process.pid for process in __import__("multiprocessing").active_children()]
+    os.kill(pids[0], signal.SIGSTOP)
+    print(*pids, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_die_with_a_parent_that_is_killed_even_one_that_is_stuck():
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_an_error_does_not_wait_for_a_worker_that_is_stuck(monkeypatch):
+    monkeypatch.setattr(workers, "END_WITHIN_S", 0.5)
+    started = time.monotonic()
+    with pytest.raises(KeyError), worker_pool(2) as pool:
+        pool.submit(time.sleep, 600)
+        pool.submit(time.sleep, 600)
+        pool.submit(time.sleep, 600)
+        time.sleep(0.5)
+        raise KeyError
+    assert time.monotonic() - started < 60
+    assert not multiprocessing.active_children()

@@ -13,6 +13,8 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +28,7 @@ from pivot.data.images import ImageError, load_image
 from pivot.data.plan import Plan, StepPlan
 from pivot.data.samples import completions_of
 from pivot.data.shards import DamagedSample, ShardSet
+from pivot.workers import be_worker_of, ending
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,8 +131,8 @@ class Loader:
             for batch in micro_batches: ...
 
     `data_wait_s` is the time spent waiting for batches; `num_masked` counts the samples that this rank
-    masked since it started. Raises RuntimeError when too many are damaged, and ValueError when a sample is not what
-    the plan counted.
+    masked since it started. Raises RuntimeError when too many are damaged or none comes, and ValueError when a sample
+    is not what the plan counted.
     """
 
     def __init__(
@@ -143,12 +146,14 @@ class Loader:
         workers: int = 0,
         bad_samples_dir: str | Path | None = None,  # None: they are logged only
         pin_memory: bool = False,  # batches in page-locked memory, for a GPU
+        timeout_s: float = 0.0,  # the longest that workers may take for a batch; 0: no limit
     ) -> None:
         self._source = MicroBatches(shards, plan, processor)
         self.plan, self._rank, self._workers, self._pin_memory = plan, rank, workers, pin_memory
-        self._shards = shards
+        self._shards, self._timeout_s = shards, timeout_s
         self._bad_samples = Path(bad_samples_dir) / f"bad-samples-rank{rank}.jsonl" if bad_samples_dir else None
         self._steps = first_step  # consumed, not read ahead
+        self._made: Iterator[Made] = iter(())
         self._planned: deque[StepPlan] = deque()  # of the steps whose tasks were handed out
         self._num_read = self._bad_in_a_row = 0
         self.num_masked = 0
@@ -156,34 +161,46 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[StepPlan, Iterator[PackedBatch]]]:
         self._planned.clear()
-        made = iter(self._open_stream())  # forks the workers; threads start after that
+        others = active_children()
+        self._made = iter(self._open_stream())  # forks the workers; threads start after that
+        workers = [process for process in active_children() if process not in others]
         ahead = FetchAhead(self._shards, self.plan, self._steps) if self._shards.is_remote else None
         try:
             while self.plan.num_steps is None or self._steps < self.plan.num_steps:
                 if ahead is not None:
                     ahead.move_to(self._steps)
-                first = self._next(made)  # draws the step's tasks, and so its plan
+                first = self._next()  # draws the step's tasks, and so its plan
                 step_plan = self._planned.popleft()
-                micro_batches = self._step(step_plan, first, made)
+                micro_batches = self._step(step_plan, first)
                 yield step_plan, micro_batches
                 for _ in micro_batches:
                     pass  # what the caller left unread still belongs to this step
         finally:
             if ahead is not None:
                 ahead.stop()
+            with ending(workers):
+                self._made = iter(())  # the last reference, so torch tells the workers to end and waits for each
 
-    def _step(self, step_plan: StepPlan, first: Made, made: Iterator[Made]) -> Iterator[PackedBatch]:
+    def _step(self, step_plan: StepPlan, first: Made) -> Iterator[PackedBatch]:
         self._count(first)
         yield first.batch
         for _ in range(step_plan.num_micro_batches - 1):
-            following = self._next(made)
+            following = self._next()
             self._count(following)
             yield following.batch
         self._steps += 1
 
-    def _next(self, made: Iterator[Made]) -> Made:
+    def _next(self) -> Made:
         start = time.perf_counter()
-        item = next(made)
+        try:
+            item = next(self._made)
+        except RuntimeError as error:
+            if self._timeout_s and time.perf_counter() - start >= self._timeout_s:
+                raise RuntimeError(
+                    f"rank {self._rank} got no batch within {self._timeout_s:g} s (train.timeout_s): its loader workers "
+                    "wait for the data; see whether the file system or the server of data.train answers, then resume"
+                ) from error
+            raise
         self.data_wait_s += time.perf_counter() - start
         return item
 
@@ -206,7 +223,8 @@ class Loader:
             num_workers=self._workers,
             prefetch_factor=PREFETCH if self._workers else None,
             pin_memory=self._pin_memory,
-            worker_init_fn=_ignore_signals if self._workers else None,
+            timeout=self._timeout_s if self._workers else 0,
+            worker_init_fn=partial(_start_worker, os.getpid()) if self._workers else None,
             generator=torch.Generator(),  # it would draw from the trainer's
         )
 
@@ -243,7 +261,6 @@ class _Once:
         return self._tasks
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(trainer: int, worker: int) -> None:
     """A cluster signals every process of a job: the trainer decides what follows, its workers keep reading."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    be_worker_of(trainer, ignore=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))

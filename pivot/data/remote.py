@@ -9,7 +9,6 @@ without a shell.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+
+from pivot.lock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +264,9 @@ def _touch(path: Path) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+    lock = FileLock(path)
+    lock.take(wait=True)
+    try:
         yield
+    finally:
+        lock.release()

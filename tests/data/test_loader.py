@@ -1,12 +1,17 @@
 """What the trainer sees: the same whatever the workers, the ranks, the budget; damage masked; resume is a jump."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from pivot import workers as workers_module
 from pivot.data import loader as loader_module
 from pivot.data.loader import Loader
 from pivot.data.shards import ShardSet
@@ -168,3 +173,35 @@ def test_a_length_that_differs_from_the_plan_is_an_error(packed, cache):
     with pytest.raises(ValueError, match=r"tiny-000001.tar sample 4 \(row 9\): .*'chosen': .* the plan counted"):
         take(Loader(packed, plan, FakeProcessor()), 1)
     plan.lengths.chosen[9] -= 1
+
+
+def stop_one_worker():
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+
+
+def test_a_loader_ends_though_a_worker_is_stuck(packed, cache, monkeypatch, recwarn):
+    """It ignores SIGTERM, which clusters send to all; torch's error for a killed worker reaches nobody."""
+    monkeypatch.setattr(workers_module, "END_WITHIN_S", 0.5)
+    steps = iter(Loader(packed, make_plan(packed, cache), FakeProcessor(), workers=2))
+    _, micro_batches = next(steps)
+    stop_one_worker()
+    started = time.monotonic()
+    steps.close()
+    assert time.monotonic() - started < 60
+    assert not multiprocessing.active_children()
+    assert next(micro_batches, None) is not None  # the batch that was read
+    assert not [warning for warning in recwarn if "killed by signal" in str(warning.message)]
+
+
+class Hanging(FakeProcessor):
+    """Its worker never comes back, as from a file system that went away."""
+
+    def encode(self, *args, **kwargs):
+        time.sleep(600)
+
+
+def test_a_batch_that_never_comes_is_said(packed, cache, monkeypatch):
+    monkeypatch.setattr(workers_module, "END_WITHIN_S", 0.5)
+    loader = Loader(packed, make_plan(packed, cache), Hanging(), workers=1, timeout_s=1)
+    with pytest.raises(RuntimeError, match=r"rank 0 got no batch within 1 s .*file system"):
+        take(loader, 1)
