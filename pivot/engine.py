@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -128,11 +129,11 @@ class Engine:
         self._schedule = schedule
         self._meter = ComponentMeter(optim.name)
         groups = _parameter_groups(model, optim)
-        optimizer = _build_optimizer(groups, optim, config)
-        optimizer.register_step_post_hook(self._meter.observe)
+        self._optimizer = _build_optimizer(groups, optim, config)
+        self._optimizer.register_step_post_hook(self._meter.observe)
         logging.getLogger("DeepSpeed").setLevel(os.environ.get("PIVOT_DEEPSPEED_LOG", "WARNING"))
         _skip_compiling()
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
         self.stage = int(self._engine.zero_optimization_stage())
         self.sums_in_grad = self.stage == 0  # `.grad` holds the step's sum so far; ZeRO takes it away into buckets
         if self.stage == 0 and world.size == 1:
@@ -154,16 +155,30 @@ class Engine:
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def step(self, step: int, *, measure: bool) -> dict[str, float]:
-        """Update the weights for optimizer step `step`; gives lr per component. With `measure`, see `norms`."""
+        """Update the weights for optimizer step `step`; gives lr per component. With `measure`, see `norms`.
+
+        A gradient that is not finite, on whichever rank, changes nothing on any: `skipped_steps` is 1 then.
+        """
         rates = self._set_rates(step)
         self._meter.start(enabled=measure)
+        metrics = {f"lr/{name}": rate for name, rate in rates.items()}
+        metrics["skipped_steps"] = self._skip_at_stage_0() if self.stage == 0 else 0
+        if metrics["skipped_steps"]:
+            return metrics
         if self.stage == 0 and measure:
             self._meter.observe_full_gradients(self._engine.optimizer.param_groups)
         skipped = self._engine.skipped_steps
         self._engine.step()
-        metrics = {f"lr/{name}": rate for name, rate in rates.items()}
         metrics["skipped_steps"] = self._engine.skipped_steps - skipped
         return metrics
+
+    def _skip_at_stage_0(self) -> bool:
+        """Drop a gradient that is not finite; the other stages' optimizers do so themselves, ZeRO-0 has none."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        skip = any_rank(not math.isfinite(nn.utils.get_total_norm(gradients)), self.world.device)
+        if skip:
+            self._engine.zero_grad()
+        return skip
 
     def squares(self) -> dict[str, Tensor]:
         """This rank's part of the measured step's squared norms, float64[] each: sum them over the ranks."""
@@ -208,6 +223,15 @@ class Engine:
                 return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
             return [f"no file of torch.save ({str(error).splitlines()[0]})"]
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all weights and the optimizer's state are, on every rank. Collective; reads each share once."""
+        tensors = [getattr(parameter, "ds_tensor", parameter) for parameter in self.model.parameters()]
+        for master, state in self._optimizer.state.items():
+            tensors += [master, *(value for value in state.values() if torch.is_tensor(value))]
+        highest = (torch.linalg.vector_norm(t.detach(), math.inf) for t in tensors if t.numel())  # NaN where one is
+        return not any_rank(not all(math.isfinite(value) for value in highest), self.world.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model on rank 0's CPU, one tensor at a time, tied ones once each; empty elsewhere. Collective."""

@@ -70,6 +70,8 @@ class FileLock:
                 os.close(self._descriptor)
             self._descriptor = -1
 
+    __del__ = release  # as a file object closes
+
     def _open(self) -> None:
         with _opening:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)

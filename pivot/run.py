@@ -190,6 +190,10 @@ class RunFolder:
                 f"output_dir: {self.path} is being written by {held}; wait for it to end, or choose another output_dir"
             ) from held
 
+    def release(self) -> None:
+        """Let another process have it."""
+        self._lock.release()
+
     def set_status(self, status: str, **facts: Any) -> None:
         """running, done, preempted or failed: what a job script tests, since launchers lose exit codes."""
         facts = {name: redact(value) if isinstance(value, str) else value for name, value in facts.items()}

@@ -78,6 +78,7 @@ def train(config: Config, *, check_only: bool = False) -> str:
     finally:
         if world.is_main:
             folder.set_status(**status)
+            folder.release()
     return status["status"]
 
 
@@ -177,6 +178,13 @@ class Trainer:
         return {"world_size": self.world.size, "zero_stage": self.engine.stage, "dtype": str(self.inputs.dtype)}
 
     def _save(self) -> None:
+        """RuntimeError where the state is not finite: no run comes back from that, so every checkpoint stays."""
+        if not self.engine.is_finite():
+            raise RuntimeError(
+                f"after step {self.step} the weights or the optimizer's moments are not finite, so nothing was saved "
+                f"and {self.folder.checkpoints} stays as it was; lower the learning rates, or set optim.max_grad_norm "
+                "above 0, in a new output_dir"
+            )
         plan = self.inputs.plan
         path = checkpoint.save(
             self.engine,
@@ -306,7 +314,8 @@ class Trainer:
         timer.add(room=room, **work, **{name: found.pop(name) for name in ("wait_s", "peak_memory_gib")})
         squares = {name: found.pop(name) for name in list(found) if name.startswith("square/")}
         metrics = found | metrics | self.engine.norms(squares)
-        self.objective.after_step(metrics)
+        if not metrics["skipped_steps"]:
+            self.objective.after_step(metrics)
         return metrics
 
     def _margin_tolerance(self) -> float | None:

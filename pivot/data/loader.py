@@ -197,8 +197,8 @@ class Loader:
         except RuntimeError as error:
             if self._timeout_s and time.perf_counter() - start >= self._timeout_s:
                 raise RuntimeError(
-                    f"rank {self._rank} got no batch within {self._timeout_s:g} s (train.timeout_s): its loader workers "
-                    "wait for the data; see whether the file system or the server of data.train answers, then resume"
+                    f"rank {self._rank} got no batch within {self._timeout_s:g} s (train.timeout_s): its workers "
+                    "wait for data; see whether the file system or the server of data.train answers, then resume"
                 ) from error
             raise
         self.data_wait_s += time.perf_counter() - start

@@ -36,7 +36,7 @@ class Objective(Protocol):
         ...
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
-        """Take in a finished step's metrics, already averaged over all ranks."""
+        """Take in a finished step's metrics, already averaged over all ranks; a skipped step is not one."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,11 +99,14 @@ class PreferenceObjective:
         return {name: Term((weight * value).sum(), "pair") for name, value in values.items()}
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
-        """Move BCO's running shift by a finished step's mean reward; every step holds the same number of pairs."""
-        if not self.metrics_every_step:
+        """Move BCO's running shift by a finished step's mean reward; every step holds the same number of pairs.
+
+        A reward that is not finite is left out: the mean of all steps would stay so.
+        """
+        reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2 if self.metrics_every_step else math.nan
+        if not math.isfinite(reward):
             return
         self._num_steps += 1
-        reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
         shift = self.options.bco_shift + (reward - self.options.bco_shift) / self._num_steps
         self.options = dataclasses.replace(self.options, bco_shift=shift)
 
@@ -117,6 +121,11 @@ class PreferenceObjective:
                 "resume with the objective.dpo settings that the checkpoint was written with"
             )
         if self.metrics_every_step:
+            if not math.isfinite(state["bco_shift"]):
+                raise ValueError(
+                    f"objective state: bco_shift is {state['bco_shift']}, so every loss would be; remove the newest "
+                    "checkpoint's folder to go on from the one before it"
+                )
             self.options = dataclasses.replace(self.options, bco_shift=float(state["bco_shift"]))
             self._num_steps = int(state["num_steps"])
 

@@ -156,6 +156,20 @@ def test_bco_running_mean_is_the_mean_reward_of_all_steps_and_survives_a_restart
     assert metrics["loss/bco_pair"] == pytest.approx(wanted.mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_the_running_shift_takes_nothing_that_is_not_finite(reward):
+    """Step means 2, nothing, 1: the shift is 2, 2, 1.5."""
+    objective = build(MPO, bco_shift="running_mean")
+    for chosen, rejected in ((1.0, 3.0), (reward, 3.0), (0.0, 2.0)):
+        objective.after_step({"rewards/chosen": chosen, "rewards/rejected": rejected})
+    assert objective.state_dict() == {"bco_shift": 1.5, "num_steps": 2}
+
+
+def test_a_shift_that_was_saved_as_nan_is_refused():
+    with pytest.raises(ValueError, match="bco_shift is nan, so every loss would be; remove the newest checkpoint"):
+        build(MPO, bco_shift="running_mean").load_state_dict({"bco_shift": float("nan"), "num_steps": 3})
+
+
 def test_state_of_another_setting_is_refused():
     with pytest.raises(ValueError, match="bco_shift.*resume with the objective.dpo settings"):
         build("sigmoid").load_state_dict({"bco_shift": 0.1, "num_steps": 3})

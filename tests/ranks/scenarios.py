@@ -103,14 +103,20 @@ def merge(batches: list[PackedBatch], image_token_id: int) -> PackedBatch:
 
 
 def run_step(
-    engine: Engine, rows: list[PackedBatch], num_pairs: int, step: int, *, update: bool = True
+    engine: Engine,
+    rows: list[PackedBatch],
+    num_pairs: int,
+    step: int,
+    *,
+    update: bool = True,
+    measure: bool = True,
 ) -> dict[str, float]:
     """One step of DPO against a fixed reference (a function of the completion's place), over this rank's rows."""
     for number, row in enumerate(rows):
         engine.backward(_loss(engine, row, num_pairs), last=number == len(rows) - 1)
     if not update:
         return {}
-    metrics, squares = engine.step(step, measure=True), engine.squares()
+    metrics, squares = engine.step(step, measure=measure), engine.squares()
     for value in squares.values():
         dist.all_reduce(value)
     return metrics | engine.norms({name: float(value) for name, value in squares.items()})
