@@ -20,10 +20,12 @@ def to_shard_format(data: bytes) -> tuple[bytes, str | None]:
     No pixel changes but where PNG lacks the mode. Raises ImageError for what is too large, damaged, or has several
     pages.
     """
+    Image.init()
+    formats = [name for name in RECODED if name in Image.OPEN]  # an older Pillow without AVIF stops at its name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we say it ourselves
-            image = Image.open(io.BytesIO(data), formats=RECODED)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image has more than {MAX_PIXELS} pixels ({error})") from error
     except Exception:

@@ -50,6 +50,12 @@ def test_what_is_no_picture_is_left_to_others():
     assert to_shard_format(b"<html>") == (b"<html>", None)
 
 
+def test_a_pillow_without_avif_reads_the_others(monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    assert to_shard_format(save(Image.new("RGB", (4, 3)), "BMP"))[1] == "BMP"
+
+
 def test_a_moving_picture_gives_its_first_frame_and_says_so():
     frames = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (10, 200)]
     png, found = to_shard_format(save(frames[0], "GIF", save_all=True, append_images=frames[1:]))
