@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pivot.launcher import complete_environment
 from pivot.leave import time_limit
-from pivot.ports import free_port
 from pivot.quiet import silence_known_warnings
 
 Value = TypeVar("Value")
@@ -40,19 +40,33 @@ class World:
 def start(timeout_s: float) -> World:
     """Join the ranks that the launcher's environment names; a lone process without a launcher is a world of one.
 
-    Raises RuntimeError when a GPU is present that torch cannot use (unless DS_ACCELERATOR says what to do).
+    Raises RuntimeError when a GPU is present that torch cannot use (unless DS_ACCELERATOR says what to do), and
+    ValueError when the environment does not say who is who (see launcher.py).
     """
     silence_known_warnings()
     _prepare_environment()
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    device = torch.device("cuda", _own_gpu()) if use_gpu else torch.device("cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if use_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _own_gpu() -> int:
+    """The number of this rank's GPU among those that it sees. ValueError when it is not told, or sees no such one."""
+    told, num_gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if told is None and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError("LOCAL_RANK is absent, so all ranks of a machine would share its first GPU; export it")
+    if told is not None and (not told.isdecimal() or int(told) >= num_gpus):
+        raise ValueError(
+            f"LOCAL_RANK is {told}, but this process sees {num_gpus} GPU(s); start as many ranks on a machine as it "
+            "has GPUs, or export LOCAL_RANK=0 where each process is given a GPU of its own"
+        )
+    return int(told or 0)
 
 
 def _prepare_environment() -> None:
@@ -66,9 +80,7 @@ def _prepare_environment() -> None:
     if shutil.which("ninja") is None:  # an environment that is used without being activated
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    os.environ.setdefault("LOCAL_RANK", "0")
+    complete_environment(os.environ)
 
 
 def stop(code: int = 1) -> None:

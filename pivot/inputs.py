@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 
 from pivot import distributed, memory
 from pivot.batch import CHOSEN, REJECTED
-from pivot.config import COMPONENTS, Config, TrainSource
+from pivot.config import COMPONENTS, Config, ConfigError, TrainSource
 from pivot.config_check import read_deepspeed_json, read_train_sources
 from pivot.data.exclude import read_excluded
 from pivot.data.lengths import build_lengths, load_lengths
@@ -33,6 +34,7 @@ from pivot.models.language import check_positions
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
+from pivot.run import flatten
 from pivot.versions import describe_untested
 
 LANGUAGE_MODEL = COMPONENTS[-1]  # the one that text alone goes through
@@ -67,6 +69,7 @@ class Inputs:
 
 def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     """Open and check everything but the weights. Collective: rank 0 counts tokens where no side-car has them."""
+    require_same_settings(config)
     dtype = _settle_dtype(config.train.precision, world)
     max_grad_norm = config.optim.max_grad_norm
     settings = read_deepspeed_json(config.deepspeed)
@@ -129,6 +132,30 @@ def _require_images(config: Config, plan: Plan) -> None:
 def num_with_images(plan: Plan) -> int:
     """How many of the samples that the plan keeps show an image."""
     return int((plan.lengths.image[plan.kept] > 0).sum())
+
+
+# What the machines of a run may have of their own: it decides no number, and no step waits for it elsewhere.
+_FREE_ON_RANKS = ("data.workers", "data.cache_dir", "data.shard_cache", "data.shard_cache_gb")
+
+
+def require_same_settings(config: Config) -> None:
+    """ConfigError on every rank, naming key, ranks and values, unless all have the same settings. Collective."""
+    mine = {key: repr(value) for key, value in flatten(config).items() if key not in _FREE_ON_RANKS}
+    mine |= {f"deepspeed's {key}": repr(value) for key, value in read_deepspeed_json(config.deepspeed).items()}
+    if len(set(distributed.gather(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()))) == 1:
+        return
+    ranks = distributed.gather(mine)
+    differences = []
+    for key in sorted(set().union(*ranks)):
+        values = [rank.get(key, "absent") for rank in ranks]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            differences.append(f"{key} is {values[0]} on rank 0 and {values[other]} on rank {other}")
+    more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+    raise ConfigError(
+        f"the ranks have different settings ({'; '.join(differences[:5])}{more}); start all of them with the same "
+        "command line and the same files"
+    )
 
 
 def _open_held_out(

@@ -226,7 +226,7 @@ def _in_words(path: Path) -> Iterator[None]:
 
 def require_same_run(before: Config, now: Config) -> None:
     """ConfigError that lists every setting that changed and must not (see _FREE_ON_RESUME)."""
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     changed = [key for key in sorted(old.keys() | new.keys()) if _shown(before, old, key) != _shown(now, new, key)]
     changed = [key for key in changed if not _is_free(key)]
     if "train.max_steps" in changed and _only_longer(before, now):
@@ -255,9 +255,9 @@ def settings_digests(config: Config, run_id: str) -> dict[str, str]:
     The values themselves may be secrets; the id keeps two runs' digests from telling that they share one. config.yaml
     cannot tell that a variable of the environment has another value now, and a foreign checkpoint has none beside it.
     """
-    defaults = _flatten(Config(objective=ObjectiveConfig(sft=SFTConfig(), dpo=DPOConfig())))
+    defaults = flatten(Config(objective=ObjectiveConfig(sft=SFTConfig(), dpo=DPOConfig())))
     digests = {}
-    for key, value in _flatten(config).items():
+    for key, value in flatten(config).items():
         if not _is_free(key) and key != "train.max_steps" and (key not in defaults or defaults[key] != value):
             text = json.dumps([run_id, key, value], sort_keys=True, default=str)
             digests[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -288,10 +288,11 @@ def _only_longer(before: Config, now: Config) -> bool:
     return constant and old is not None and new is not None and new > old
 
 
-def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Full key -> value of every setting."""
     if not dataclasses.is_dataclass(section):
         return {prefix: section}
     flat: dict[str, Any] = {}
     for spec in dataclasses.fields(section):
-        flat |= _flatten(getattr(section, spec.name), f"{prefix}.{spec.name}" if prefix else spec.name)
+        flat |= flatten(getattr(section, spec.name), f"{prefix}.{spec.name}" if prefix else spec.name)
     return flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -194,3 +195,14 @@ def test_one_step_without_a_launcher(folder: Path) -> None:
     assert again.returncode == 0 and "this run is finished: 1 steps done" in again.stdout
     other = subprocess.run([*script, "optim.projector.lr=2e-3"], capture_output=True, text=True, cwd=folder)
     assert other.returncode == 2 and "optim.projector.lr was 0.001, is 0.002" in other.stderr
+
+
+def test_two_tasks_of_srun_without_ranks_are_refused(folder: Path, tmp_path: Path) -> None:
+    """They would both train, each as the only one, and write one folder."""
+    told = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    command = [sys.executable, REPOSITORY / "launch/train_dpo.py", folder / "run.yaml", f"output_dir={tmp_path}/run"]
+    done = subprocess.run(command, env=told | step | {"SLURM_PROCID": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: srun started 2 processes without RANK")
+    assert "MASTER_PORT=29500 python" in done.stderr and not (tmp_path / "run").exists()

@@ -72,6 +72,8 @@ def refusals(folder: Path) -> None:
         "other rate": {"name": "first", "train.max_steps": "1", "optim.projector.lr": "2e-3"},
         "nothing to resume": {"name": "fresh", "checkpoint.resume": "required"},
         "spoilt reference": {"name": "spoilt", "data.cache_dir": f"{folder}/spoilt-cache"},
+        "ranks that differ": {"name": "fresh", "optim.projector.lr": f"{1 + dist.get_rank()}e-3"},
+        "ranks that stop at other steps": {"name": "fresh", "train.max_steps": f"{2 + dist.get_rank()}"},
         "no such reference": {"name": "also-fresh", "objective.dpo.reference": f"{folder}/nowhere"},
     }
     for case, changes in attempts.items():

@@ -187,3 +187,20 @@ def test_a_missing_checkpoint_is_refused(runs: Path) -> None:
 def test_a_missing_reference_is_refused(runs: Path) -> None:
     assert "nowhere" in (runs / "no such reference-0.txt").read_text()
     assert not (runs / "also-fresh").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "difference"),
+    [
+        ("ranks that differ", "optim.projector.lr is 0.001 on rank 0 and 0.002 on rank 1"),
+        ("ranks that stop at other steps", "train.max_steps is 2 on rank 0 and 3 on rank 1"),
+    ],
+)
+def test_ranks_with_other_settings_are_refused_on_all(runs: Path, case: str, difference: str) -> None:
+    for rank in (0, 1):
+        message = (runs / f"{case}-{rank}.txt").read_text()
+        assert message == (
+            f"the ranks have different settings ({difference}); start all of them with the same command line and the "
+            "same files"
+        )
+    assert not (runs / "fresh").exists()
