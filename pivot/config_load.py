@@ -143,7 +143,11 @@ def _parse_override(text: str) -> DictConfig:
         raise ConfigError(
             f"command line: found '{redact_setting(text)}', expected key=value (for example optim.lr=1e-6)"
         )
-    return OmegaConf.from_dotlist([text])
+    try:
+        return OmegaConf.from_dotlist([text])
+    except Exception as error:  # see _load_yaml
+        shown, problem = redact_setting(text), getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(f"command line '{shown}': the value is not valid YAML: {problem}; quote it") from error
 
 
 def _merge(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:

@@ -81,14 +81,16 @@ def redact_values(value: Any, name: str = "") -> Any:
 
 
 def redact_setting(text: str) -> str:
-    """key=value of a command line."""
+    """key=value of a command line, or what somebody took for one."""
     key, equals, value = text.partition("=")
-    return key + equals + redact_values(value, key)
+    if equals:
+        return key + equals + redact_values(value, key)
+    return re.sub(r"(?<=[\w.-])[^\w.-].*", MARK, text, flags=re.DOTALL) if is_secret_name(text) else redact(text)
 
 
 def is_redacted(text: str) -> bool:
     """Whether `text` holds a mark that `redact` left where something was."""
-    return text == MARK or re.search(r"://\*\*\*@|[?&=#]\*\*\*", text) is not None
+    return MARK in text
 
 
 def tell(text: str) -> None:

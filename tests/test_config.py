@@ -10,8 +10,9 @@ import pytest
 
 from pivot.config import Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig
 from pivot.config_check import check_config, read_deepspeed_json
-from pivot.config_load import load_config, read_settings, to_yaml
-from pivot.run import _flatten
+from pivot.config_load import load_config, load_saved, read_settings, to_yaml
+from pivot.redact import redact
+from pivot.run import flatten
 
 YAML = """
 output_dir: runs/x
@@ -45,6 +46,46 @@ def test_command_line_wins_over_the_file_and_references_follow(run: Path) -> Non
     config = load_config(run, ["optim.lr=5e-6", "train.max_steps=7"], "dpo")
     assert (config.optim.projector.lr, config.optim.vision_tower.lr, config.train.max_steps) == (5e-6, 2e-6, 7)
     assert config.optim.trained() == ("vision_tower", "projector")
+
+
+def test_what_comes_from_the_environment_is_saved_by_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text by what it refers to, a number by its value; and it can be read where the variable is not set."""
+    monkeypatch.setenv("PLACE", "hunter2hunter2")
+    monkeypatch.setenv("STEPS", "7")
+    overrides = ["data.train=[{path: 'https://me:pw@host/${oc.env:PLACE}'}]", "train.max_steps=${oc.env:STEPS}"]
+    overrides += ["data.eval=${data.cache_dir}/eval", "data.cache_dir=${oc.env:PLACE}"]
+    config = load_config(run, overrides, "dpo")
+    assert config.data.train[0]["path"] == "https://me:pw@host/hunter2hunter2" and config.train.max_steps == 7
+    saved = to_yaml(config)
+    assert "hunter2" not in saved and "pw" not in saved
+    for expected in ("https://***@host/${oc.env:PLACE}", "max_steps: 7", "eval: ${data.cache_dir}/eval"):
+        assert expected in saved
+    (tmp_path / "saved.yaml").write_text(saved)
+    assert load_saved(tmp_path / "saved.yaml").data.eval == "hunter2hunter2/eval"
+    monkeypatch.delenv("PLACE")
+    elsewhere = load_saved(tmp_path / "saved.yaml")
+    assert elsewhere.data.cache_dir == "${oc.env:PLACE}"
+    assert to_yaml(elsewhere) == saved
+    with pytest.raises(ConfigError, match=r"data.train.0.path: found \*\*\* where a password or token was left out"):
+        load_config(tmp_path / "saved.yaml", objective="dpo")
+
+
+@pytest.mark.parametrize(
+    "override", ["train.hf_token=hunter2", "data.train='https://me:hunter2@h/x?a=hunter2' train", "hf_password:hunter2"]
+)
+def test_an_error_repeats_no_secret_of_the_command_line(run: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        load_config(run, [override, "train.no_such=1"], "dpo")
+    assert "hunter2" not in redact(str(found.value))
+
+
+def test_an_error_shows_no_line_of_a_broken_yaml(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("a: 1\npassword: [hunter2\nb: 2\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML: line \d+, column \d+: did not find expected") as found:
+        load_config(tmp_path / "run.yaml", objective="dpo")
+    assert "hunter2" not in str(found.value)
 
 
 def test_resolved_settings_load_back_equal(run: Path, tmp_path: Path) -> None:
@@ -160,7 +201,7 @@ def test_every_fractional_setting_must_be_finite(objective: str) -> None:
     """Of all sections, so that a new key cannot be forgotten."""
     keys = [
         key
-        for key, value in _flatten(Config(objective=ObjectiveConfig(**{objective: SECTIONS[objective]()}))).items()
+        for key, value in flatten(Config(objective=ObjectiveConfig(**{objective: SECTIONS[objective]()}))).items()
         if isinstance(value, float)
     ]
     assert len(keys) >= 10
