@@ -2,7 +2,8 @@
 
     python launch/evaluate.py held-out --model sft=runs/sft --model dpo=runs/dpo --data DATA/eval [--json FILE]
 
-A model is a run's folder (its export/ is taken) or an HF LLaVA folder; the others are compared to the first one.
+A model is a run's folder (its export/ is taken), an HF LLaVA folder or an export in parts; the others are compared to
+the first one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     held_out = commands.add_parser("held-out", help="preference accuracy and VQA accuracy on a packed set")
     add = held_out.add_argument
-    add("--model", action="append", required=True, metavar="NAME=FOLDER", help="a run or HF LLaVA folder; repeatable")
+    add("--model", action="append", required=True, metavar="NAME=FOLDER", help="a run or an export; repeatable")
     add("--data", required=True, metavar="SET", help="a folder written by data_tools")
     add("--num-samples", type=int, metavar="N", help="the first N of the set's fixed order (as the run's, else 1000)")
     add("--max-tokens", type=int, metavar="N", help="leave longer samples out (as the run's, else 2048)")
@@ -93,8 +94,8 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
     max_new_tokens = options.max_new_tokens or settings.max_new_tokens
     loaded = load_export(export, world.device)
     warning = check_positions(loaded.model.language_model.config, max_tokens + max_new_tokens)
-    if warning is not None:
-        print(f"{export}: {warning}")
+    print(*loaded.processor.notes, *([f"positions  {warning}"] if warning else []), sep="
+")
     found = open_held_out(
         options.data,
         loaded.processor,

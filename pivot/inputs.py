@@ -28,9 +28,10 @@ from pivot.distributed import World
 from pivot.engine import build_deepspeed_config
 from pivot.evaluate.held_out import HeldOut, open_held_out
 from pivot.flops import describe_flops, training_costs
+from pivot.geometry import read_text_config
 from pivot.models.attention import Choice, choose_attention
 from pivot.models.build import Sources, settle_sources
-from pivot.models.language import check_positions
+from pivot.models.language import check_positions, check_text_config
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
 from pivot.processor import Processor, build_processor
@@ -81,6 +82,11 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     processor = build_processor(sources.model, config.data)
     skeleton = build_skeleton(sources.model, len(processor.tokenizer))
     positions = check_positions(skeleton.text_config, _longest_text(config))
+    if folder is not None:  # the reference scores the same rows
+        path = reference.model.language_model.path or folder
+        text_config = read_text_config(path)
+        check_text_config(text_config, path)
+        check_positions(text_config, config.data.max_tokens)
     attention = _settle_attention(config.train.attention, skeleton, world.device, dtype)
     shards = open_data(config)
     cache_dir = distributed.broadcast(settle_cache_dir(config, config.data.train))

@@ -60,6 +60,8 @@ def test_the_command_takes_parts_beside_a_llava(tmp_path: Path) -> None:
     command += ["--model", str(tmp_path / "parts"), "--model", str(tmp_path / "llava"), "--json", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=rank_free_environment())
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("prompts    the template of") == 2
+    assert done.stdout.count("2080 tokens are more than the 2048 that the language model was made for") == 2
     assert set(json.loads((tmp_path / "out").read_text())["models"]) == {"parts", "llava"}
 
 

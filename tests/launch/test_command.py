@@ -38,6 +38,8 @@ def test_check_shows_what_would_run_and_leaves_nothing(folder: Path, capsys: pyt
     assert re.search(r"memory     about [\d.]+ of [\d.]+ GiB a rank: weights .*, activations", shown)
     assert re.search(r"work       [\d.]+ MFLOP a pair, [\d.]+ MFLOP in all", shown)
     assert "vision_tower 0.0001, projector 0.001, language_model 0.0001" in shown
+    assert f"prompts    the template of {folder}/llava/chat_template.jinja\n" in shown
+    assert f"pixels     squash, bicubic: the image processor at {folder}/llava\n" in shown
     assert not (folder / "run").exists()
 
 
@@ -64,6 +66,34 @@ def test_what_images_go_through_is_not_trained_without_any(folder: Path, capsys:
     assert not (folder / "run").exists()
     assert command(folder, "--check", data, *TEXT_ALONE) == 0
     assert "in 0 of 8 samples" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def stretched(folder: Path) -> Path:
+    """The model with positions that follow the longest text of a row, trained on 256 of them; without weights."""
+    llava = shutil.copytree(folder / "llava", folder / "stretched")
+    (llava / "model.safetensors").unlink()
+    config = json.loads((llava / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config["text_config"]["max_position_embeddings"] = 256
+    (llava / "config.json").write_text(json.dumps(config))
+    return llava
+
+
+@pytest.mark.parametrize("key", ["init_from", "objective.dpo.reference"])
+def test_rows_that_are_too_long_for_its_positions_are_refused_by_check(
+    folder: Path, stretched: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, "--check", f"{key}={stretched}") == 2
+    assert "data.max_tokens: 2048 tokens, but the positions of this qwen2" in capsys.readouterr().err
+    assert command(folder, "--check", f"{key}={stretched}", "data.max_tokens=256") == 0
+    assert "positions " not in capsys.readouterr().out
+
+
+def test_pairs_longer_than_the_model_was_made_for_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "--check", "data.max_tokens=2049") == 0
+    said = "positions  2049 tokens are more than the 2048 that the language model was made for\n"
+    assert said in capsys.readouterr().out
 
 
 def test_print_config_resolves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
