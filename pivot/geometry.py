@@ -164,7 +164,7 @@ def read_image_settings(path: str) -> dict[str, Any]:
     for name in ("processor_config.json", "preprocessor_config.json"):
         settings = read_json(path, name)
         settings = settings.get("image_processor", settings)
-        if "image_mean" in settings:
+        if "image_mean" in settings or "image_processor_type" in settings:
             return settings
     return {}
 

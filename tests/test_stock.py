@@ -199,6 +199,14 @@ def test_pixels_of_an_open_clip_encoder_are_its_own(tmp_path: Path, mode: str, f
     assert float((fit_square(image, tiny.IMAGE_SIZE, fit, facts.mean) - stock).abs().max()) <= 2
 
 
+def test_a_processor_that_leaves_its_normalisation_to_its_class_counts(tmp_path: Path) -> None:
+    folder = tiny.tiny_vision_tower(tmp_path, "clip", with_image_processor=False)
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": SQUARE}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    section = VisionTowerConfig(path=str(folder))
+    assert choose_image_fit(section, describe_vision_tower(section), None).fit == "crop"
+
+
 def test_random_weights_and_bare_configurations_squash_and_say_so(tmp_path: Path) -> None:
     paths = [f"open_clip:{tiny.tiny_open_clip(tmp_path)}", str(tiny.write_vision_json(tmp_path / "vision.json"))]
     for path in paths:
