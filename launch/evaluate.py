@@ -94,8 +94,8 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
     max_new_tokens = options.max_new_tokens or settings.max_new_tokens
     loaded = load_export(export, world.device)
     warning = check_positions(loaded.model.language_model.config, max_tokens + max_new_tokens)
-    print(*loaded.processor.notes, *([f"positions  {warning}"] if warning else []), sep="
-")
+    for line in (*loaded.processor.notes, *([f"positions  {warning}"] if warning else ())):
+        print(line)
     found = open_held_out(
         options.data,
         loaded.processor,
