@@ -88,7 +88,9 @@ def split_messages(turns: Sequence[tuple[str, str]], num_images: int) -> list[di
     found = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
     if found not in (0, num_images):
         raise Rejected(
-            "image-token mismatch", f"the prompt has {found} {IMAGE_PLACEHOLDER}, the row {num_images} images"
+            "image-token mismatch",
+            f"the prompt has {found} {IMAGE_PLACEHOLDER}, the row {num_images} images"
+            + ("" if num_images else "; if they are in another column, name it with --map image=COLUMN"),
         )
     first_of_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), 0)
     messages, shown = [], 0

@@ -19,13 +19,13 @@ Image = str | ImageBytes
 Row = dict[str, Any]
 UNREAD = "unread media"
 
-_PICTURES = frozenset({"image", "img", "picture", "pic", "photo", "screenshot"})  # also in the plural
+_PICTURES = frozenset({"image", "img", "picture", "pic", "photo", "screenshot", "pixel"})  # also in the plural
 _PICTURES |= {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 _FILMS = frozenset({"video", "audio", "sound", "frame", "clip", "mp"})  # mp4, mp3
 # Words that may stand beside these in the name of a field which holds the thing itself. `image_id`, `image_caption` and
 # `image_source` speak about a picture: what they hold must look like one.
 _BESIDE = frozenset({"path", "file", "filename", "name", "url", "uri", "byte", "data", "base", "b", "list", "input"})
-_BESIDE |= {"raw", "original", "decoded", "local", "relative", "full", "main"}
+_BESIDE |= {"value", "raw", "original", "decoded", "local", "relative", "full", "main"}
 _ANSWERS = frozenset({"chosen", "rejected"})
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _USUAL = ("image", "images")  # taken before others where several fields name the same pictures
@@ -106,7 +106,10 @@ def _series(fields: Row) -> dict[str, tuple[Image, ...]]:
 def _read(value: Any, name: str) -> tuple[Image, ...]:
     images = as_images(value)
     if images is None:
-        raise Malformed(f"expected {name} as a path, bytes, {{bytes, path}} or a list, found {shown(value)}")
+        raise Malformed(
+            f"expected {name} as a path, bytes, {{bytes, path}} or a list, found {shown(value)}; name another column "
+            "with --map image=COLUMN, or say with --map image= that there are no pictures"
+        )
     return images
 
 

@@ -1,13 +1,17 @@
-"""Conversations as lists of messages: their texts, the pictures that they carry, and prompts that answers repeat."""
+"""Conversations as lists of messages: their texts, the pictures that they carry, and prompts that answers repeat.
+
+A message carries pictures as parts of its content, or in a field beside it: {role, content, images}.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from data_tools.readers.media import UNREAD, Image
-from data_tools.readers.pictures import as_images, is_absent
+from data_tools.readers.media import UNREAD, Image, images_of
+from data_tools.readers.pictures import as_images, is_absent, is_embedded_media
 from data_tools.records import Malformed, Record, shown
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -21,7 +25,13 @@ SPEAKERS = {
 }
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
+# What stands in a text for media of its row. In a sentence these are words about HTML, so a line must begin or end so.
+_MARK = r"<\|?(?:image|img|video|audio)(?:[ _-]?(?:\d{1,3}|pad|here))?\|?>"
+_MARKS = re.compile(rf"^[ \t]*({_MARK})|({_MARK})[ \t]*$", re.IGNORECASE | re.MULTILINE)
+_FILM_MARKS = ("<video", "<audio", "<|video", "<|audio")
+_DATA_URL = re.compile(r"data:(?:image|video|audio)/[\w.+-]{1,40};base64,[A-Za-z0-9+/]{16}")
 LEAST_REPEATED_WORDS = 3  # an answer may begin like a shorter prompt by chance
+_ANSWERS_ARE_TEXT = "{field} holds an image in a message of the assistant; answers are text"
 Turn = tuple[str, str]  # role, text
 Part = dict[str, Any]
 
@@ -35,20 +45,28 @@ def turns_of(messages: Any, field: str, speaker: str = "from", text: str = "valu
         role = SPEAKERS.get(str(message.get(speaker, ""))) if isinstance(message, dict) else None
         if role is None:
             raise Malformed(f"{field} holds {shown(message)}, expected {speaker} to be one of {', '.join(SPEAKERS)}")
-        turns.append((role, _content(message.get(text), field, role)))
+        content = _content(message.get(text), field, role)
+        beside = images_of(_beside(message, text))
+        if beside and role == "assistant":
+            raise Malformed(_ANSWERS_ARE_TEXT.format(field=field), UNREAD)
+        turns.append((role, content if IMAGE_PLACEHOLDER in content else IMAGE_PLACEHOLDER * len(beside) + content))
     return turns
 
 
 def images_in(messages: Any, text: str = "value") -> tuple[Image, ...]:
-    """The pictures that the parts of a conversation carry themselves; () where they only say where one belongs."""
-    contents = [message.get(text) for message in messages if isinstance(message, dict)]
-    parts = [part for content in contents if isinstance(content, list) for part in content if _is_image(part)]
-    carried = [as_images(_carried(part)) for part in parts]
-    if not any(carried):
-        return ()
-    if not all(carried):
+    """The pictures that the messages carry themselves; () where their parts only say where one belongs."""
+    found: list[tuple[bool, tuple[Image, ...]]] = []  # (whether all of its parts of type image carry one, pictures)
+    for message in messages:
+        if isinstance(message, dict):
+            content = message.get(text)
+            parts = [part for part in content if _is_image(part)] if isinstance(content, list) else []
+            carried = [as_images(_carried(part)) or () for part in parts]
+            images = tuple(image for images in carried for image in images)
+            beside = images_of(_beside(message, text), carried=images)
+            found.append((all(carried) or len(beside) == len(parts), beside))
+    if any(images for _, images in found) and not all(whole for whole, _ in found):
         raise Malformed("some parts of type image carry a picture that can be read, and others do not", UNREAD)
-    return tuple(image for images in carried for image in images or ())
+    return tuple(image for _, images in found for image in images)
 
 
 def question_of(turns: Sequence[Turn], field: str) -> tuple[tuple[Turn, ...], str]:
@@ -72,6 +90,26 @@ def answer_of(turns: Sequence[Turn], field: str, prompt: Sequence[Turn] = ()) ->
 def same_turns(some: Sequence[Turn], others: Sequence[Turn]) -> bool:
     """Whether two conversations say the same; that only one of them says where the images belong is no difference."""
     return [(role, _bare(text)) for role, text in some] == [(role, _bare(text)) for role, text in others]
+
+
+def require_media_of_texts(record: Record) -> None:
+    """Raise Malformed where a text holds a whole picture, or says that media belong there which the row lacks."""
+    asked = [text for role, text in record.history if role == "user"] + [record.prompt]
+    for text in [*(text for _, text in record.history), record.prompt, record.chosen, record.rejected or ""]:
+        if is_embedded_media(text) or _DATA_URL.search(text):
+            raise Malformed(
+                f"a text holds a picture or a film as base64, which would be trained on as letters: {shown(text, 24)}; "
+                "put it into a field of its own, and name that with --map image=COLUMN",
+                UNREAD,
+            )
+    marks = [mark[1] or mark[2] for text in asked for mark in _MARKS.finditer(text)]
+    for mark in marks:
+        if mark != IMAGE_PLACEHOLDER and (not record.images or mark.lower().startswith(_FILM_MARKS)):
+            raise Malformed(
+                f"the prompt has {mark}, and the row no such media that can be read; name the column of its images "
+                "with --map image=COLUMN, or say with --map image= that the mark is a word like others",
+                UNREAD,
+            )
 
 
 def take_off_prompt(record: Record) -> Record:
@@ -98,6 +136,11 @@ def _bare(text: str) -> str:
     return text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
+def _beside(message: Part, text: str) -> Part:
+    """The fields of a message beside its content."""
+    return {name: value for name, value in message.items() if name != text}
+
+
 def _content(content: Any, field: str, role: str) -> str:
     if isinstance(content, str):
         return content
@@ -109,7 +152,7 @@ def _content(content: Any, field: str, role: str) -> str:
 def _text_of(part: Part, field: str, role: str) -> str:
     if _is_image(part):
         if role == "assistant":
-            raise Malformed(f"{field} holds an image in a message of the assistant; answers are text", UNREAD)
+            raise Malformed(_ANSWERS_ARE_TEXT.format(field=field), UNREAD)
         return IMAGE_PLACEHOLDER
     kind, text = part.get("type"), part.get("text")
     if kind not in TEXT_PARTS or not is_absent(_carried(part)):

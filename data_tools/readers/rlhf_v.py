@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from data_tools.readers import rlaif_v
 from data_tools.readers.files import load_json
+from data_tools.readers.media import images_of
 from data_tools.readers.rows import Place, Row
 from data_tools.records import Drop, Malformed, Record
 
@@ -19,7 +21,9 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    yield from rlaif_v.read_row({**row, **_inner(row)}, place)
+    inner = _inner(row)
+    for found in rlaif_v.read_row({**row, **inner}, place):
+        yield replace(found, images=images_of(inner)) if isinstance(found, Record) else found
 
 
 def _inner(row: Row) -> Row:

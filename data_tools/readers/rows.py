@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from data_tools.readers.files import peek, read_rows
 from data_tools.readers.media import images_of
-from data_tools.readers.messages import take_off_prompt
+from data_tools.readers.messages import require_media_of_texts, take_off_prompt
 from data_tools.readers.pictures import is_absent
 from data_tools.records import Drop, Malformed, Record, shown
 
@@ -72,6 +72,8 @@ def read_row(format: RowFormat, row: Any, place: Place, image_column: str | None
             if isinstance(found, Record):
                 images = images_of(row, image_column, carried=found.images)
                 found = take_off_prompt(replace(found, images=images, folders=place.folders))
+                if image_column != "":
+                    require_media_of_texts(found)
             yield found
     except Malformed as error:
         yield Drop(error.reason, place.id_of(row), str(error))
