@@ -187,7 +187,7 @@ def _write_shard(
         for row in rows.tolist():
             sample, entries = shards.read_entries(row)
             writer.add_raw(entries, shards.index[row], shape)
-            sources[str(sample.get("source") or "")] += 1
+            sources[sample.get("source") or ""] += 1
         return writer.close(), sources
     except BaseException:
         writer.abandon()

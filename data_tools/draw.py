@@ -121,5 +121,5 @@ def _by_weight(shards: ShardSet, seed: int) -> np.ndarray:
 
 def _repeat_time(shards: ShardSet, row: int) -> float:
     shard, _ = shards.locate(row)
-    source = str(shards.read_text(row).get("source") or "")
+    source = shards.read_text(row).get("source") or ""
     return float(shards.part_of(shard).manifest.get("sources", {}).get(source, {}).get("repeat_time", 1.0))

@@ -128,7 +128,7 @@ def _card(shown: Shown) -> str:
     sample = shown.sample
     pictures = "".join(_picture(shown, number) for number in range(len(shown.images)))
     many = " many" if len(shown.images) > 1 else ""
-    tags = [f"row {shown.row}", str(sample.get("source") or "")]
+    tags = [f"row {shown.row}", sample.get("source") or ""]
     tags += [f"answer {' or '.join(accepted)}"] if (accepted := answers_of(sample)) else []
     if shown.rejected is None:
         answers = _answer("chosen", "answer", [(shown.chosen, False)])

@@ -85,8 +85,10 @@ def _find(bases: Sequence[Path], annotation: str, name: str) -> Path:
 
 
 def _read_row(row: Any, place: Place, repeat_time: float, image_column: str | None) -> Iterator[Record | Drop]:
-    """The pair of a row; its id is its number, since not every set gives ids."""
+    """The pair of a row; its id is its number, since not every set gives ids, and its source that of meta.json."""
     id = place.id_of(None)
+    if isinstance(row, dict):
+        row = {**row, "id": None, "ds_name": None}
     for found in read_row(rlaif_v, row, place, image_column):
         if isinstance(found, Record):
             yield replace(found, id=id, source=place.source, repeat_time=repeat_time)

@@ -18,7 +18,7 @@ def fits(row: Row) -> bool:
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
     source = place.source_of(row, "ds_name")
     yield Record(
-        id=f"{source}/{place.number}" if label_of(row.get("id")) is None else place.id_of(row),
+        id=f"{source}/{place.number}" if label_of(row, "id") is None else place.id_of(row),
         source=source,
         prompt=text_of(row, "question"),
         chosen=text_of(row, "chosen"),

@@ -29,12 +29,18 @@ class Place:
     folders: tuple[str, ...] = ()
 
     def id_of(self, row: Any) -> str:
-        """By the row's own id where that is text or a whole number, else by its number."""
-        found = label_of(row.get("id")) if isinstance(row, dict) else None
-        return f"{self.source}/{self.number if found is None else found}"
+        """By the row's own id where it has one, else by its number. Raises Malformed."""
+        return f"{self.source}/{label_of(row, 'id') or self.number}"
+
+    def name_of(self, row: Any) -> str:
+        """What a dropped row is called: by its number too where its id is the fault."""
+        try:
+            return self.id_of(row)
+        except Malformed:
+            return f"{self.source}/{self.number}"
 
     def source_of(self, row: Row, field: str = "source") -> str:
-        return label_of(row.get(field)) or self.source
+        return label_of(row, field) or self.source
 
 
 class RowFormat(Protocol):
@@ -76,11 +82,11 @@ def read_row(format: RowFormat, row: Any, place: Place, image_column: str | None
                     require_media_of_texts(found)
             yield found
     except Malformed as error:
-        yield Drop(error.reason, place.id_of(row), str(error))
+        yield Drop(error.reason, place.name_of(row), str(error))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # What no format foresaw: one row among millions must not end the pack.
         detail = f"it breaks its format ({type(error).__name__}: {shown(str(error), 200)})"
-        yield Drop("malformed row", place.id_of(row), detail)
+        yield Drop("malformed row", place.name_of(row), detail)
 
 
 def text_of(row: Row, *names: str) -> str:
@@ -92,18 +98,24 @@ def text_of(row: Row, *names: str) -> str:
     raise Malformed(f"expected {' or '.join(names)} as text, found {found}")
 
 
-def label_of(value: Any) -> str | None:
-    """Text, or the digits of a whole number; None for the rest, which would name things that are not meant."""
-    if isinstance(value, str):
-        return value or None
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+def label_of(row: Any, field: str) -> str | None:
+    """The text of a field, or the digits of its whole number; None where nothing is there. Raises Malformed.
+
+    Another value has no spelling of its own: what Python makes of it would name a thing that nobody meant.
+    """
+    value = row.get(field) if isinstance(row, dict) else None
+    if is_absent(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise Malformed(f"field {field} holds {shown(value)}, expected text or a whole number")
+    return str(value)
 
 
 def accepted_of(row: Row, field: str = "answer") -> str | tuple[str, ...] | None:
     """The right answer to a question, or several in a list that are equally right; None where there is none.
 
-    A whole number is its digits. Another number could be meant as 3, 3.0 or 3.00, and is refused like all that is no
-    text: every generated answer would be compared with letters that nobody wrote.
+    All that is no text is refused: a number could be meant as 3, 3.0 or 3.00, and every generated answer would be
+    compared with letters that nobody wrote. Raises Malformed.
     """
     value = row.get(field)
     if isinstance(value, list):
@@ -112,7 +124,9 @@ def accepted_of(row: Row, field: str = "answer") -> str | tuple[str, ...] | None
 
 
 def _accepted(value: Any, field: str) -> str:
-    text = label_of(value)
-    if text is None:
-        raise Malformed(f"field {field} holds {shown(value)}, expected text or a list of equally right texts")
-    return text
+    if not isinstance(value, str):
+        raise Malformed(
+            f"field {field} holds {shown(value)}, expected text or a list of equally right texts; write the letters "
+            "that are right as text"
+        )
+    return value

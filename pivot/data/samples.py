@@ -52,6 +52,9 @@ def check_sample(sample: Any) -> None:
     kind = sample.get("kind")
     if kind not in ROLES_OF_KIND:
         raise ValueError(f"field kind is {kind!r}, expected one of {', '.join(ROLES_OF_KIND)}")
+    for field in ("id", "source"):
+        if not isinstance(sample.get(field, ""), str | None):
+            raise ValueError(f"field {field} is {sample[field]!r:.200}, expected text")
     for field in ("prompt", *ROLES_OF_KIND[kind]):
         _check_messages(field, sample.get(field))
     images = sample.get("images")

@@ -54,6 +54,8 @@ def test_roles_follow_the_kind():
         (["images", 0, "member"], "../jpg", "an image extension"),
         (["images", 0, "sha256"], "", "sha256"),
         (["chosen", 0, "content"], [{"type": "image", "image": 0}], "field chosen holds an image part"),
+        (["id"], 3, "field id is 3, expected text"),
+        (["source"], {"name": "x"}, "field source is {'name': 'x'}, expected text"),
         (["answer"], 3.0, "sample a/1: answer is 3.0, expected a string or a list of strings"),
         (["answer"], {"text": "cup"}, "expected a string or a list of strings"),
         (["answer"], ["cup", None], "expected a string or a list of strings"),

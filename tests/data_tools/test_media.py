@@ -119,6 +119,7 @@ def read_all(folder):
         {"thumbnail": f"data:image/jpeg;base64,{IN_BASE64}"},
         {"image": "a.png", "thumbnail": IN_BASE64},
         {"image": "a.png", "photo": "b.png"},
+        {"visual": base64.b64encode(JPEG).decode()},
         {"image": "a.png", "images": ["a.png", "b.png"]},
     ],
     ids=str,
@@ -318,6 +319,100 @@ def test_an_answer_with_a_picture_drops_the_row(tmp_path):
     """It would be trained on as the letters `<image>`."""
     answer = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "This one."}]
     assert read_one(tmp_path, conversation(answer=answer)) == "unread media"
+    row = conversation()
+    row["chosen"][0]["images"] = ["a.png"]
+    assert read_one(tmp_path, row) == "unread media"
+
+
+def talk(*messages, text="content", role="role", **row):
+    """A conversation of (text, fields beside it), the user's first."""
+    speakers = ("user", "assistant") if role == "role" else ("human", "gpt")
+    said = [{role: speakers[i % 2], text: words, **beside} for i, (words, beside) in enumerate(messages)]
+    return {"messages" if role == "role" else "conversations": said, **row}
+
+
+@pytest.mark.parametrize("form", [{}, {"text": "value", "role": "from"}], ids=["ms_swift", "llava"])
+@pytest.mark.parametrize(
+    ("questions", "expected"),
+    [
+        ([("What 1?", {"images": ["a.png"]})], ("a.png",)),
+        ([("What 1?", {"image": "a.png"})], ("a.png",)),
+        ([("<image>\nWhat 1?", {"image_path": "a.png"})], ("a.png",)),
+        ([("What 1?", {"images": [], "weight": 1.0, "name": "Ann"})], ()),
+        (
+            [("What 1?", {"images": ["a.png"]}), ("What 2?", {"images": ["b.png", "c.png"]})],
+            ("a.png", "b.png", "c.png"),
+        ),
+        ([("What 1?", {}), ("What 2?", {"images": ["b.png"]})], ("b.png",)),
+        ([([{"type": "image"}, {"type": "text", "text": "What 1?"}], {"images": ["a.png"]})], ("a.png",)),
+        (
+            [([{"type": "image"}, {"type": "text", "text": "What 1?"}], {}), ("What?", {"image": "a.png"})],
+            "unread media",
+        ),
+        ([("What 1?", {"video": "a.mp4"})], "unread media"),
+        ([("What 1?", {"attachment": "a.png"})], "unread media"),
+    ],
+    ids=str,
+)
+def test_a_picture_beside_the_content_of_a_message_is_read(tmp_path, form, questions, expected):
+    messages = [message for question in questions for message in (question, ("An answer.", {}))]
+    assert read_one(tmp_path, talk(*messages, **form)) == expected
+
+
+def test_pictures_beside_messages_belong_to_these(tmp_path):
+    messages = [("What 1?", {}), ("A cup.", {}), ("What 2?", {"images": ["a.png", "b.png"]}), ("A plate.", {})]
+    source = write_lines(tmp_path / "in", [talk(*messages)], {"a.png": image_bytes(1), "b.png": image_bytes(2)})
+    assert pack(PackOptions(source=source, out=tmp_path / "set")).complete
+    ((sample, files),) = read_all(tmp_path / "set")
+    assert files == [image_bytes(1), image_bytes(2)]
+    assert [part["type"] for part in sample["prompt"][0]["content"]] == ["text"]
+    assert [part["type"] for part in sample["prompt"][2]["content"]] == ["image", "image", "text"]
+
+
+def test_a_picture_within_the_text_of_rlhf_v_is_read(tmp_path):
+    inner = {"question": "What is this?", "chosen": "A cup.", "rejected": "A plate."}
+    assert read_one(tmp_path, {"text": json.dumps(inner | {"image": "a.png"})}) == ("a.png",)
+    assert read_one(tmp_path, {"text": json.dumps(inner | {"image": "a.png"}), "image": "b/a.png"}) == ("b/a.png",)
+    assert read_one(tmp_path, {"text": json.dumps(inner | {"video": "a.mp4"})}) == "unread media"
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<video>\nWhat happens?", "What happens? <audio>", "Look:\n<image_1>\nWhat?", "<|image_pad|>What?", "<img> What?"],
+)
+def test_a_prompt_that_names_media_and_gets_none_drops_the_row(tmp_path, prompt):
+    source = write_lines(tmp_path, [PAIR | {"prompt": prompt}])
+    (found,) = find_reader(source)[1].read(source, [])
+    assert found.reason == "unread media" and "--map image=COLUMN" in found.detail
+    assert read(source, image="") == [()]  # the user says that it is a word like others
+    with_image = read_one(tmp_path, PAIR | {"prompt": prompt, "image": "a.png"})
+    assert with_image == ("unread media" if "video" in prompt or "audio" in prompt else ("a.png",))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["What does the <video> element do?", "<video src='a.mp4'></video>\nMend it.", "<imagine> it", "a < image>"],
+)
+def test_what_is_a_word_in_a_text_stays_one(tmp_path, prompt):
+    assert read_one(tmp_path, PAIR | {"prompt": prompt}) == ()
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("text", [IN_BASE64, f"![a cup](data:image/jpeg;base64,{IN_BASE64}) What is it?"])
+def test_a_picture_in_a_text_is_not_trained_on_as_letters(tmp_path, field, text):
+    source = write_lines(tmp_path, [PAIR | {field: text}])
+    (found,) = find_reader(source)[1].read(source, [])
+    assert found.reason == "unread media" and "--map image=COLUMN" in found.detail and len(found.detail) < 300
+
+
+def test_a_placeholder_without_a_picture_names_the_way_out(tmp_path):
+    source = write_lines(tmp_path, [PAIR | {"prompt": "<image>What?"}])
+    result = pack(PackOptions(source=source, out=tmp_path / "set"))
+    (example,) = result.tally.examples["image-token mismatch"]
+    assert "--map image=COLUMN" in example["detail"]
     assert read_one(tmp_path, conversation(answer=[{"type": "text", "text": 5}])) == "malformed row"
 
 

@@ -16,7 +16,7 @@ def mmpr_folder(tmp_path):
     """Two sets as MMPR is released: paths of the first count from the folder, of the second from the one above."""
     folder = tmp_path / "MMPR-v1.2"
     (folder / "annotations").mkdir(parents=True)
-    rows = [GOOD | {"image": "a.png"}, GOOD | {"image": ["a.png", "b.png"], "answer_gt": 7}, GOOD]
+    rows = [GOOD | {"image": "a.png"}, GOOD | {"image": ["a.png", "b.png"], "answer_gt": "7"}, GOOD]
     (folder / "annotations" / "one.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (folder / "annotations" / "two.jsonl").write_text('{"question": 1}\n[]\n{"question"\n' + json.dumps(GOOD))
     meta = {

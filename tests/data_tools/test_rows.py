@@ -36,8 +36,7 @@ def read_one(tmp_path, row):
         ("cup", "cup"),
         (["cup", "mug"], ("cup", "mug")),
         (["cup"], ("cup",)),
-        (["cup", None, float("nan"), "", 7], ("cup", "7")),
-        (7, "7"),
+        (["cup", None, float("nan"), "", "7"], ("cup", "7")),
         (None, None),
         (float("nan"), None),
         ("", None),
@@ -52,7 +51,7 @@ def test_an_answer_is_text_or_several_or_absent(value, expected):
 
 
 @pytest.mark.parametrize(
-    "value", [3.0, 0.5, True, {"text": "cup"}, [["cup"]], ["cup", 3.0], [{"answer": "cup"}]], ids=str
+    "value", [7, 3.0, 0.5, True, {"text": "cup"}, [["cup"]], ["cup", 3.0], ["cup", 7], [{"answer": "cup"}]], ids=str
 )
 def test_an_answer_that_is_no_text_is_refused(tmp_path, value):
     with pytest.raises(Malformed, match="field answer holds .*, expected text or a list of equally right texts"):
@@ -110,14 +109,34 @@ def test_a_list_of_answers_reaches_the_evaluation(tmp_path, capsys):
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [None, "", float("nan"), 3.0, True, {"a": 1}, ["x"]], ids=str)
-def test_a_label_is_text_or_a_whole_number(tmp_path, value):
-    assert label_of(value) is None
-    assert Place("set", "7").id_of({"id": value}) == "set/7"
-    for name, row in (("ds_name", {**ROWS["mmpr"][0]}), ("source", ROWS["trl"][0])):
-        found = read_one(tmp_path, row | {name: value, "id": value})
-        assert found.source == "rows" and found.id == "rows/000000000"
-    assert (label_of("x"), label_of(12)) == ("x", "12")
+LABELLED = {
+    "id": (PAIR, "id"),
+    "trl": (ROWS["trl"][0], "source"),
+    "rlaif_v": (ROWS["mmpr"][0], "ds_name"),
+    "llava": ({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}]}, "data_source"),
+}
+
+
+@pytest.mark.parametrize("value", [None, "", float("nan"), {}, []], ids=str)
+@pytest.mark.parametrize("format", LABELLED)
+def test_a_label_that_is_absent_is_that_of_the_file(tmp_path, format, value):
+    row, field = LABELLED[format]
+    found = read_one(tmp_path, row | {field: value})
+    assert (found.source, found.id) == ("rows", "rows/000000000")
+
+
+@pytest.mark.parametrize("value", [3.0, True, {"a": 1}, ["x"], [None, "x"]], ids=str)
+@pytest.mark.parametrize("format", LABELLED)
+def test_a_label_that_is_no_text_drops_the_row(tmp_path, format, value):
+    row, field = LABELLED[format]
+    found = read_one(tmp_path, row | {field: value})
+    assert isinstance(found, Drop) and (found.reason, found.id) == ("malformed row", "rows/000000000")
+    assert found.detail == f"field {field} holds {value}, expected text or a whole number"
+
+
+def test_a_label_is_text_or_a_whole_number():
+    assert [label_of({"id": value}, "id") for value in ("x", 12, 0)] == ["x", "12", "0"]
+    assert Place("set", "7").id_of({"id": 0}) == "set/0"
 
 
 # -- prompts that answers repeat ---------------------------------------------------------------------------------------
