@@ -26,8 +26,7 @@ SPEAKERS = {
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 # What stands in a text for media of its row. In a sentence these are words about HTML, so a line must begin or end so.
-_MARK = r"<\|?(?:image|img|video|audio)(?:[ _-]?(?:\d{1,3}|pad|here))?\|?>"
-_MARKS = re.compile(rf"^[ \t]*({_MARK})|({_MARK})[ \t]*$", re.IGNORECASE | re.MULTILINE)
+_MARK = re.compile(r"<\|?(?:image|img|video|audio)(?:[ _-]?(?:\d{1,3}|pad|here))?\|?>", re.IGNORECASE)
 _FILM_MARKS = ("<video", "<audio", "<|video", "<|audio")
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/[\w.+-]{1,40};base64,[A-Za-z0-9+/]{16}")
 LEAST_REPEATED_WORDS = 3  # an answer may begin like a shorter prompt by chance
@@ -46,7 +45,7 @@ def turns_of(messages: Any, field: str, speaker: str = "from", text: str = "valu
         if role is None:
             raise Malformed(f"{field} holds {shown(message)}, expected {speaker} to be one of {', '.join(SPEAKERS)}")
         content = _content(message.get(text), field, role)
-        beside = images_of(_beside(message, text))
+        beside = _pictures_beside(message, text)
         if beside and role == "assistant":
             raise Malformed(_ANSWERS_ARE_TEXT.format(field=field), UNREAD)
         turns.append((role, content if IMAGE_PLACEHOLDER in content else IMAGE_PLACEHOLDER * len(beside) + content))
@@ -62,7 +61,7 @@ def images_in(messages: Any, text: str = "value") -> tuple[Image, ...]:
             parts = [part for part in content if _is_image(part)] if isinstance(content, list) else []
             carried = [as_images(_carried(part)) or () for part in parts]
             images = tuple(image for images in carried for image in images)
-            beside = images_of(_beside(message, text), carried=images)
+            beside = _pictures_beside(message, text, images)
             found.append((all(carried) or len(beside) == len(parts), beside))
     if any(images for _, images in found) and not all(whole for whole, _ in found):
         raise Malformed("some parts of type image carry a picture that can be read, and others do not", UNREAD)
@@ -102,14 +101,23 @@ def require_media_of_texts(record: Record) -> None:
                 "put it into a field of its own, and name that with --map image=COLUMN",
                 UNREAD,
             )
-    marks = [mark[1] or mark[2] for text in asked for mark in _MARKS.finditer(text)]
-    for mark in marks:
+    for mark in (mark for text in asked for mark in _marks_in(text)):
         if mark != IMAGE_PLACEHOLDER and (not record.images or mark.lower().startswith(_FILM_MARKS)):
             raise Malformed(
                 f"the prompt has {mark}, and the row no such media that can be read; name the column of its images "
                 "with --map image=COLUMN, or say with --map image= that the mark is a word like others",
                 UNREAD,
             )
+
+
+def _marks_in(text: str) -> list[str]:
+    """The marks with which a line of the text begins or ends."""
+    found = []
+    for mark in _MARK.finditer(text):
+        before, after = text[: mark.start()].rpartition("\n")[2], text[mark.end() :].partition("\n")[0]
+        if not before.strip() or not after.strip():
+            found.append(mark[0])
+    return found
 
 
 def take_off_prompt(record: Record) -> Record:
@@ -136,9 +144,10 @@ def _bare(text: str) -> str:
     return text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
-def _beside(message: Part, text: str) -> Part:
-    """The fields of a message beside its content."""
-    return {name: value for name, value in message.items() if name != text}
+def _pictures_beside(message: Part, text: str, carried: tuple[Image, ...] = ()) -> tuple[Image, ...]:
+    """The pictures in the fields of a message beside its content, or those that its content carries."""
+    beside = {name: value for name, value in message.items() if name not in (text, "role", "from")}
+    return images_of(beside, carried=carried) if beside else carried
 
 
 def _content(content: Any, field: str, role: str) -> str:
