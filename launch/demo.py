@@ -128,8 +128,11 @@ def _settings(name: str, folder: Path) -> list[str]:
 
 
 def _read_status(run: Path) -> str | None:
-    path = run / "status"
-    return json.loads(path.read_text())["status"] if path.is_file() else None
+    """What the run says of itself; None where it says nothing, or where a crash damaged it."""
+    try:
+        return json.loads((run / "status").read_bytes())["status"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def is_done(folder: Path, name: str) -> bool:

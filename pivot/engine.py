@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,9 @@ class Engine:
             with _inert_loading():
                 path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{folder / tag}: a file does not hold what training writes ({reason})") from error
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of it advises to load the file all the same
+            what = named[1] if named else "something else than tensors and plain values"
+            raise ValueError(f"{folder / tag}: a file holds {what}, which training never writes there") from error
         if path is None:
             raise RuntimeError(f"{folder / tag}: DeepSpeed loaded nothing; the checkpoint is not one of this stage")
 

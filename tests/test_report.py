@@ -132,6 +132,46 @@ def test_repeated_rows_count_once_and_null_is_left_out(tmp_path: Path) -> None:
     assert xs == [1, 2] and ys[1] == 9.0
 
 
+FOREIGN = ["[1, 2]", '"x"', "3", "null", "[" * 5000, '{"a":' * 3000, "\x00\x01", '{"step": NaN, "loss": 1}']
+FOREIGN += ['{"step": "x", "loss": 1}', '{"step": 3, "loss": "y"}', '{"step": true}', '{"step": [1]}', '{"step": 1.5}']
+FOREIGN += ['{"step": 3, "loss": 1e999}', f'{{"step": 3, "loss": {"9" * 400}}}', f'{{"step": {"9" * 5000}}}']
+FOREIGN += ['{"step": -1}', '{"step": 3, "perf/pairs_per_s": {}}', '{"event": ["x"]}', '{"event": "stop", "step": 1}']
+FOREIGN += ['{"event": "eval", "step": "a"}', '{"event": "eval", "step": 1, "intervals": {"a": [1, 2]}}']
+FOREIGN += ['{"event": "start", "num_parameters": [1]}', '{"event": "start", "exclusions": {"a": "b"}}']
+FOREIGN += ['{"event": "end", "flops": 1}', '{"event": "end", "pairs": 1, "tokens": 1, "flops": 1, "compare": [1]}']
+FOREIGN += ['{"step": 120, "row": {}}', '{"step": 120, "question": 1, "answer": "", "generated": "", "right": 1}']
+
+
+def test_lines_of_others_are_passed_over_and_counted(tmp_path: Path) -> None:
+    """As the last lines, where a newest row would be looked for, and by bytes: none is text for sure."""
+    run = make_run(tmp_path / "run", "dpo", questions(), held_out="set", skill=(0.5, 0.8))
+    before = write_report(run).read_text()
+    assert "lines passed over" not in before
+    for name in ("log.jsonl", "samples.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write("".join(f"{line}\n" for line in FOREIGN).encode() + b"\xff\xfe\n\n")
+    after = write_report(run).read_text()
+    count = len(FOREIGN) + 1
+    fact = f"<div><dt>lines passed over</dt><dd>{count} of log.jsonl, {count} of samples.jsonl: "
+    fact += "not what a run writes, or cut short</dd></div>"
+    assert fact in after
+    assert after.replace(fact, "") == before
+
+
+def test_a_damaged_status_or_outcome_file_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "dpo", questions(), held_out="set", skill=(0.5, 0.8))
+    (run / "status").write_text("[1]")
+    for path in (run / "held_out").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    text = write_report(run).read_text()
+    assert ">unknown<" in text and "Preference accuracy" in text
+
+
+def test_a_line_separator_inside_a_text_splits_no_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "sft", questions(4, "one\u2028two\x85three"), held_out="set", skill=(0.1, 0.2))
+    assert len(read_run(run).answers) == 4 * 4 and not any(read_run(run).passed_over.values())
+
+
 def test_no_run_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no config.yaml, so it is no run"):
         write_report(tmp_path)
