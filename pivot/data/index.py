@@ -90,7 +90,8 @@ def read_index(folder: str, shard: Shard, cache: ShardCache | None, block: memor
     """Fill `block` with the records of one shard. Raises ValueError when they are not those that were packed."""
     if is_remote(folder):
         assert cache is not None
-        path = str(cache.fetch(join_url(folder, "index", f"{shard.name}.idx"), sha256=shard.idx_sha256, suffix=".idx"))
+        url = join_url(folder, "index", f"{shard.name}.idx")
+        path = str(cache.fetch(url, sha256=shard.idx_sha256, num_bytes=len(block), suffix=".idx"))
     else:
         path = f"{folder}/index/{shard.name}.idx"
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pivot.data.remote import ShardCache, is_remote, join_url
+from pivot.data.remote import ShardCache, is_remote, join_url, shown
 from pivot.data.samples import ROLES_OF_KIND
 
 MANIFEST_VERSION = 1
@@ -57,7 +57,7 @@ def read_part(path: str | Path, cache: ShardCache | None) -> Part:
     """The data set at a path or, with a `cache`, at a URL. Raises ValueError that says what is wrong."""
     folder = str(path).rstrip("/") or "/"
     if is_remote(folder) and cache is None:
-        raise ValueError(f"{folder} is remote and there is no shard cache; copy the set to this machine first")
+        raise ValueError(f"{shown(folder)} is remote and there is no shard cache; copy the set to this machine first")
     if cache is not None:
         cache.check(folder)
     manifest = _read_manifest(folder, cache)
@@ -65,7 +65,7 @@ def read_part(path: str | Path, cache: ShardCache | None) -> Part:
     found = set_fingerprint(shards)
     if found != manifest["fingerprint"]:
         raise ValueError(
-            f"{folder}/manifest.json: fingerprint {manifest['fingerprint'][:12]} does not match its shard list "
+            f"{shown(folder)}/manifest.json: fingerprint {manifest['fingerprint'][:12]} does not match its shard list "
             f"({found[:12]}); {MANIFEST_MEND}"
         )
     return Part(folder, manifest["name"], manifest["fingerprint"], manifest, tuple(shards))
@@ -77,12 +77,12 @@ def _read_manifest(folder: str, cache: ShardCache | None) -> dict[str, Any]:
         manifest = json.loads(_read_manifest_text(folder, path, cache))
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            raise ValueError(f"{path} is not JSON ({error}); copy the data set again") from error
+            raise ValueError(f"{shown(path)} is not JSON ({error}); copy the data set again") from error
         raise
     if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
         version = manifest.get("version") if isinstance(manifest, dict) else None
-        raise ValueError(f"{path}: version {version}, expected {MANIFEST_VERSION}; pack the data again")
-    _check_manifest(path, manifest)
+        raise ValueError(f"{shown(path)}: version {version}, expected {MANIFEST_VERSION}; pack the data again")
+    _check_manifest(shown(path), manifest)
     return manifest
 
 

@@ -9,34 +9,49 @@ without a shell.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import re
+import select
 import shlex
+import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from pivot.data.web import STALL_S, StatusError, open_web
 from pivot.lock import FileLock
 
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "memory")  # memory is fsspec's own, for tests
 WINDOW_SHARDS = 8  # of a remote set: what the order mixes at a time, and so what has to lie here at a time
-TRIES = 4
+TRIES = 7
+FIRST_WAIT_S = 1.0  # doubles from try to try: 63 s in all, so that a server may be started anew meanwhile
+MAX_READ_BYTES = 50_000_000  # of a file that has no stated size, such as the manifest: 200,000 shards take so much
 ABANDONED_S = 3600.0  # after which a .part that nobody writes to may go
-FIRST_WAIT_S = 0.5  # doubles
 CHUNK = 1 << 20
+_AGAIN = (408, 425, 429)  # HTTP statuses below 500 that mean `later`
+Result = TypeVar("Result")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 
 
 class NotThere(ValueError):
     """An address that leads nowhere."""
+
+
+class Refused(ValueError):
+    """An address whose server will not give the file, however often it is asked."""
+
+
+class Unreachable(OSError):
+    """A server that did not give the file in TRIES."""
 
 
 def is_remote(path: str) -> bool:
@@ -65,8 +80,8 @@ def join_url(folder: str, *names: str) -> str:
 
 
 def shown(url: str) -> str:
-    """The URL without what may be a secret: user, password and query. A command is shown as it is."""
-    if is_command(url):
+    """The URL without what may be a secret: user, password and query. A command or a path is shown as it is."""
+    if is_command(url) or "://" not in url:
         return url
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -90,16 +105,18 @@ class ShardCache:
         return self.folder / sha256[:2] / f"{sha256}{suffix}"
 
     def fetch(self, url: str, *, sha256: str, num_bytes: int = 0, suffix: str = ".tar") -> Path:
-        """The local file with this content. Raises OSError when it cannot be had after TRIES, and ValueError for a
-        protocol that this machine has no package for, or when the content is another."""
+        """The local file with this content. Raises Unreachable when it cannot be had after TRIES, and ValueError for a
+        protocol that this machine has no package for, or when the content is another.
+
+        No more than `num_bytes` are taken, where they are given."""
         self.check(url)
         path = self.path(sha256, suffix)
         if not _touch(path):
             with _locked(path.with_suffix(".lock")):
                 if not _touch(path):  # another process fetched it meanwhile
-                    part = self._make_room(path, num_bytes)
+                    part = self._make_room(path, num_bytes if suffix == ".tar" else 0)
                     try:
-                        _download(url, part, sha256)
+                        _download(url, part, sha256, num_bytes)
                         with self._settled():
                             part.replace(path)
                     finally:
@@ -107,7 +124,7 @@ class ShardCache:
         return path
 
     def read(self, url: str) -> bytes:
-        """A small file that has no hash: fetched every time."""
+        """A small file that has no hash: fetched every time. Raises ValueError for one above MAX_READ_BYTES."""
         self.check(url)
         return _try_often(url, lambda: _read(url))
 
@@ -117,6 +134,9 @@ class ShardCache:
         try:
             return _read(url) if is_command(url) else _try_often(url, lambda: _read(url))
         except NotThere:
+            return None
+        except Refused as error:  # a bucket that nobody may list answers so for what is not there
+            logger.warning("%s; going on without this file, which need not exist", error)
             return None
         except OSError:
             if is_command(url):  # it does not say why it failed
@@ -168,20 +188,27 @@ class ShardCache:
         return part
 
 
-def _download(url: str, part: Path, sha256: str) -> None:
-    found = _try_often(url, lambda: _copy(url, part))
-    if found != sha256:
+def _download(url: str, part: Path, sha256: str, num_bytes: int) -> None:
+    got = _try_often(url, lambda: _copy(url, part, num_bytes))
+    if got != sha256:
         raise ValueError(
-            f"{shown(url)}: sha256 {found[:12]} is not that of the manifest ({sha256[:12]}); the upload is damaged "
+            f"{shown(url)}: sha256 {got[:12]} is not that of the manifest ({sha256[:12]}); the upload is damaged "
             "or of another version: upload the set again, manifest.json last"
         )
 
 
-def _copy(url: str, part: Path) -> str:
-    """Fetch into `part`; the content's sha256."""
+def _copy(url: str, part: Path, num_bytes: int) -> str:
+    """Fetch into `part`; the content's sha256. Raises ValueError when there is more than the `num_bytes` expected."""
     digest = hashlib.sha256()
-    with _open(url) as source, part.open("r+b") as target:
+    copied = 0
+    with _open(url, num_bytes or None) as source, part.open("r+b") as target:
         while chunk := source.read(CHUNK):
+            copied += len(chunk)
+            if num_bytes and copied > num_bytes:
+                raise ValueError(
+                    f"{shown(url)} holds more than the {num_bytes:,} bytes that the manifest says; the upload is of "
+                    "another version: upload the set again, manifest.json last"
+                )
             digest.update(chunk)
             target.write(chunk)
         target.truncate()
@@ -191,20 +218,28 @@ def _copy(url: str, part: Path) -> str:
 
 
 def _read(url: str) -> bytes:
+    data = bytearray()
     with _open(url) as source:
-        return source.read()
+        while chunk := source.read(CHUNK):
+            data += chunk
+            if len(data) > MAX_READ_BYTES:
+                raise ValueError(
+                    f"{shown(url)} holds more than {MAX_READ_BYTES:,} bytes, expected a small file; name the folder "
+                    "that python -m data_tools wrote"
+                )
+    return bytes(data)
 
 
-def _open(url: str) -> Any:
+def _open(url: str, num_bytes: int | None = None) -> Any:
+    """The file at `url`, to be read in a `with`; it has `num_bytes`, if its size is known from elsewhere."""
     if is_command(url):
         return _output_of(url)
+    is_remote(url)
+    if url.lower().startswith(("http://", "https://")):
+        return open_web(url, num_bytes)
     import fsspec
 
-    is_remote(url)
-    try:
-        return fsspec.open(url, "rb")
-    except ImportError as error:
-        raise ValueError(f"{shown(url)}: {error}; or install pivot[remote], which brings all of them") from error
+    return fsspec.open(url, "rb")
 
 
 @contextlib.contextmanager
@@ -223,7 +258,8 @@ def _output_of(url: str) -> Iterator[Any]:
             raise ValueError(f"{url}: there is no program {arguments[:1]} on this machine") from error
         with process:
             try:
-                yield process.stdout
+                assert process.stdout is not None
+                yield _Pipe(process.stdout)
             except BaseException:
                 process.kill()
                 raise
@@ -233,23 +269,68 @@ def _output_of(url: str) -> Iterator[Any]:
             raise OSError(f"exit status {process.returncode}: {said or 'it said nothing'}")
 
 
-def _try_often(url: str, fetch: Any) -> Any:
+class _Pipe:
+    """The output of a command. Raises TimeoutError when nothing comes for STALL_S."""
+
+    def __init__(self, output: IO[bytes]) -> None:
+        self._descriptor = output.fileno()
+
+    def read(self, size: int) -> bytes:
+        if not select.select([self._descriptor], [], [], STALL_S)[0]:
+            raise TimeoutError(f"it printed nothing for {STALL_S:.0f} s")
+        return os.read(self._descriptor, size)
+
+
+def _try_often(url: str, fetch: Callable[[], Result]) -> Result:
+    """What `fetch` gives; again after a wait that doubles, as long as waiting may help."""
     for attempt in range(TRIES):
         try:
             return fetch()
-        except FileNotFoundError as error:
-            raise NotThere(f"{shown(url)} does not exist; name the folder that python -m data_tools wrote") from error
-        except ValueError:
-            raise
-        except ImportError as error:
-            raise ValueError(f"{shown(url)}: {error}; or install pivot[remote]") from error
         except Exception as error:  # each backend has its own errors for a network that stutters
-            if isinstance(error, OSError) and error.errno == 28:  # no space left: waiting does not help
-                raise
+            _raise_if_final(url, error)
+            seen = f"{shown(url)}: {_in_words(url, error)}"
             if attempt == TRIES - 1:
-                raise OSError(f"{shown(url)}: {type(error).__name__}: {error} ({TRIES} tries)") from error
-            logger.warning("%s: %s; trying again", shown(url), type(error).__name__)
+                raise Unreachable(
+                    f"{seen} ({TRIES} tries); see whether the server is up, then run the same command again"
+                ) from error
+            if attempt == 0:
+                logger.warning("%s; trying again for %.0f s", seen, FIRST_WAIT_S * (2 ** (TRIES - 1) - 1))
             time.sleep(FIRST_WAIT_S * 2**attempt)
+    raise AssertionError("the last try returns or raises")
+
+
+def _raise_if_final(url: str, error: Exception) -> None:
+    """Raise what the user is to read, unless another try may do better."""
+    status, seen = _status(error), _in_words(url, error)
+    if isinstance(error, ImportError):
+        raise ValueError(f"{shown(url)}: {error}; or install pivot[remote], which brings all of them") from error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and status is None):
+        raise NotThere(f"{shown(url)} does not exist ({seen}); name the folder that python -m data_tools wrote")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise Refused(f"{shown(url)}: {seen}; correct the address, or install the certificate that it needs")
+    if isinstance(error, PermissionError) or status in (401, 403, 407):
+        raise Refused(f"{shown(url)}: {seen}; give the right to read it: a user and password, a token or a login")
+    if status is not None and 400 <= status < 500 and status not in _AGAIN:
+        raise Refused(f"{shown(url)}: {seen}; correct the address")
+    if isinstance(error, ValueError):
+        raise error
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that the libraries behind https, s3, gs and hf keep under one name or another."""
+    for value in (error, getattr(error, "response", None)):
+        for name in ("status", "status_code", "code"):
+            if isinstance(status := getattr(value, name, None), int):
+                return status
+    return None
+
+
+def _in_words(url: str, error: Exception) -> str:
+    """What was seen, in one short line without the URL's secrets."""
+    said = " ".join(str(error).replace(url, shown(url)).split())[:300]
+    return said if isinstance(error, StatusError) else f"{type(error).__name__}: {said}"
 
 
 def _touch(path: Path) -> bool:

@@ -243,8 +243,9 @@ class ShardSet:
 
     def _pread(self, row: int, size: int) -> bytes:
         shard, _ = self.locate(row)
+        path = None if shard in self._files else self.fetch(shard)  # not a damaged sample where it cannot be had
         try:
-            buffer = os.pread(self._file(shard), size, int(self.index[row]["offset"]))
+            buffer = os.pread(self._file(shard, path), size, int(self.index[row]["offset"]))
         except OSError as error:
             self._files.clear()  # a stale network handle must not spoil the second try
             raise DamagedSample(f"{self.describe(row)}: {error}") from error
@@ -254,13 +255,14 @@ class ShardSet:
             )
         return buffer
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
+    def _file(self, shard: int, path: Path | None) -> int:
+        """The open file of a shard; `path` is where it lies, None when it is open."""
+        if path is not None:
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
             if self._cache is not None:
                 self._close_evicted()
-            self._files[shard] = os.open(self.fetch(shard), os.O_RDONLY)
+            self._files[shard] = os.open(path, os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
 
