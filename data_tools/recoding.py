@@ -7,10 +7,13 @@ import warnings
 
 from PIL import Image, ImageOps
 
-from pivot.data.images import MAX_PIXELS, ImageError
+from pivot.data.image_cost import MAX_DECODE_BYTES
+from pivot.data.images import ImageError
 
 RECODED = ("AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF")  # as Pillow calls them
 KEPT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # those that PNG has too; others become RGB
+BYTES_PER_PIXEL = 12  # of memory: the picture, a copy that is upright and one of another mode, 4 each
+MAX_PIXELS = MAX_DECODE_BYTES // BYTES_PER_PIXEL
 REFUSED_MODES = ("F", "I")  # numbers without a range of their own: what is black and what is white cannot be told
 
 

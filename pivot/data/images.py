@@ -14,15 +14,18 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from pivot.data import image_cost
 
 if TYPE_CHECKING:
     from pivot.processor import ImageGeometry
 
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-MAX_PIXELS = 80_000_000  # 240 MB as RGB; below the number at which Pillow starts to warn of a bomb
+STRIP_PIXELS = 1 << 18  # converted to RGB at a time
 MAX_RATIO = 16  # of the sides of an image, cropped just as transformers does
+MAX_PADDED_PIXELS = 30_000_000  # of the square that a longer image is laid on before it is resized: 90 MB
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -38,22 +41,16 @@ def image_extension(data: bytes) -> str:
 def decode_rgb(data: bytes) -> np.ndarray:
     """uint8[H, W, 3] of a JPEG, PNG or WebP file of any mode, upright; the first frame of an animation.
 
-    Transparency is laid on white. Raises ImageError for damaged files and for more than MAX_PIXELS, the latter
-    before anything is decoded.
+    Transparency is laid on white. Raises ImageError for damaged files and, before anything is decoded, for those that
+    would take more memory than image_cost allows.
     """
-    image = _open(data)
-    try:
-        upright = image.getexif().get(ORIENTATION, 1) == 1
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and upright:
-            try:
-                return simplejpeg.decode_jpeg(data, colorspace="RGB")
-            except ValueError:
-                pass  # it stops at harmless warnings too; Pillow decides what is really broken
-        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except MemoryError:
-        raise  # the machine's fault, not the image's
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged data
-        raise ImageError(f"cannot decode the image ({type(error).__name__}: {error})") from error
+    with _open(data) as image:
+        try:
+            return _upright(_decode(image, data), image.getexif().get(ORIENTATION, 1))
+        except (MemoryError, ImageError):
+            raise  # the first is the machine's fault, not the image's
+        except Exception as error:  # Pillow's plugins raise almost anything on damaged data
+            raise ImageError(f"cannot decode the image ({type(error).__name__}: {error})") from error
 
 
 def load_image(data: bytes, geometry: ImageGeometry) -> Tensor:
@@ -97,7 +94,7 @@ def _pad(rgb: np.ndarray, size: int, mean: tuple[float, float, float], resample:
     height, width = rgb.shape[:2]
     longest = max(height, width)
     color = [int(255 * value) for value in mean]
-    if longest * longest > MAX_PIXELS:  # its square would be too large to hold: pad behind the resize
+    if longest * longest > MAX_PADDED_PIXELS:  # its square would be too large to hold: pad behind the resize
         height, width = max(1, size * height // longest), max(1, size * width // longest)
         rgb, longest = _resize(rgb, height, width, resample).permute(1, 2, 0).numpy(), size
     square = np.full((longest, longest, 3), color, dtype=np.uint8)
@@ -107,18 +104,75 @@ def _pad(rgb: np.ndarray, size: int, mean: tuple[float, float, float], resample:
 
 
 def _open(data: bytes) -> Image.Image:
+    """The image with its header read. Raises ImageError for what is none, or too much to decode."""
+    _require_room("its metadata", 0, 0, data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we say it ourselves
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"the image has more than {MAX_PIXELS} pixels ({error})") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not a JPEG, PNG or WebP image") from error
     except Exception as error:
-        raise ImageError(f"not a JPEG, PNG or WebP image ({type(error).__name__})") from error
+        raise ImageError(f"the image's header cannot be read ({type(error).__name__}: {error})") from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"the image is {width} x {height}, more than {MAX_PIXELS} pixels")
+    if max(width, height) > image_cost.MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"the image is {width} x {height}, one side more than {image_cost.MAX_ASPECT} times the other; crop it"
+        )
+    _require_room(f"{width} x {height}", width * height, _bytes_per_pixel(image, data), data)
+    if EXTENSION_OF_FORMAT[str(image.format)] == "jpg" and image_cost.num_scans(data) > image_cost.MAX_SCANS:
+        raise ImageError(f"the JPEG has more than {image_cost.MAX_SCANS} scans; save it again")
     return image
+
+
+def _bytes_per_pixel(image: Image.Image, data: bytes) -> int:
+    if image.format in ("PNG", "WEBP"):
+        return image_cost.PNG_BYTES if image.format == "PNG" else image_cost.WEBP_BYTES
+    several = image_cost.needs_coefficients(data)
+    if image.mode in ("RGB", "L"):
+        return image_cost.JPEG_SCANS_BYTES if several else image_cost.JPEG_BYTES
+    return image_cost.PILLOW_JPEG_SCANS_BYTES if several else image_cost.PILLOW_JPEG_BYTES
+
+
+def _require_room(what: str, num_pixels: int, bytes_per_pixel: int, data: bytes) -> None:
+    """Raise ImageError unless so many pixels and what else the file holds can be decoded within the limit."""
+    metadata = image_cost.METADATA_COPIES * image_cost.metadata_bytes(data)
+    needed, limit = num_pixels * bytes_per_pixel + metadata, image_cost.MAX_DECODE_BYTES
+    if needed > limit:
+        most = f"at most {(limit - metadata) // bytes_per_pixel:,} pixels" if num_pixels else "less metadata"
+        raise ImageError(
+            f"the image ({what}) takes {needed / 1e6:.0f} MB to decode, more than {limit / 1e6:.0f}; expected {most} "
+            "in this format: make it smaller"
+        )
+
+
+def _decode(image: Image.Image, data: bytes) -> np.ndarray:
+    """uint8[H, W, 3], as the file has them."""
+    width, height = image.size
+    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        try:
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except ValueError:  # it stops at harmless warnings too; Pillow decides what is really broken
+            several = image_cost.needs_coefficients(data)
+            cost = image_cost.PILLOW_JPEG_SCANS_BYTES if several else image_cost.PILLOW_JPEG_BYTES
+            _require_room(f"{width} x {height}", width * height, cost, data)
+    rgb = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):  # in strips: each conversion makes copies
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        rgb[top : top + rows] = np.asarray(_to_rgb(strip))
+    return rgb
+
+
+def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels as EXIF says that the camera was held."""
+    if orientation in (5, 6, 7, 8):
+        rgb = rgb.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        rgb = rgb[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        rgb = rgb[::-1]
+    return np.ascontiguousarray(rgb)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

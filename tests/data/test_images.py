@@ -1,15 +1,21 @@
 """Files of every mode become upright RGB; resizing agrees with Pillow; bombs and damage are errors."""
 
 import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from pivot.data import images
 from pivot.data.images import ImageError, decode_rgb, fit_square, image_extension, load_image
 from tests.data.fakes import GEOMETRY, image_bytes
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def save(image, format="PNG", **options):
@@ -102,10 +108,94 @@ def test_loaded_images_are_contiguous_uint8():
     assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
 
 
-def test_a_bomb_is_refused_from_its_header(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 99)
-    with pytest.raises(ImageError, match="12 x 10, more than 99 pixels"):
-        decode_rgb(image_bytes(1))
+def png(width, height, mode=2, more=b""):
+    """A black PNG of 8 bits a sample, with `more` chunks."""
+    row = b"\0" * (1 + width * (3 if mode == 2 else 1))
+    pixels = zlib.compressobj(1)
+    packed = b"".join([*(pixels.compress(row) for _ in range(height)), pixels.flush()])
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, mode, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def header_says(width, height):
+    """A small PNG that claims a size; what follows the header does not matter."""
+    return png(1, 1).replace(png(1, 1)[8:33], chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)))
+
+
+@pytest.mark.parametrize(("size", "format", "options"), [
+    ((8944, 8944), "PNG", {}),
+    ((4500, 4500), "WEBP", {"lossless": True, "method": 0}),
+    ((8000, 8000), "JPEG", {}),
+    ((6500, 6500), "JPEG", {"progressive": True}),
+])  # fmt: skip
+def test_a_bomb_is_refused_from_its_header(size, format, options):
+    data = header_says(*size) if format == "PNG" else save(Image.new("RGB", size), format, **options)
+    with pytest.raises(ImageError, match=r"MB to decode, more than 370; expected at most [\d,]+ pixels in this format"):
+        decode_rgb(data)
+
+
+@pytest.mark.parametrize("size", [(1, 80_000_000), (80_000_000, 1), (10, 2001)])
+def test_an_extreme_aspect_ratio_is_refused_from_its_header(size):
+    with pytest.raises(ImageError, match="one side more than 200 times the other; crop it"):
+        decode_rgb(header_says(*size))
+    assert decode_rgb(png(10, 2000)).shape == (2000, 10, 3)
+
+
+def test_metadata_is_counted():
+    """Pillow unpacks each compressed chunk to 1 MB at most, so 200 of them would take 200 MB and copies of it."""
+    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"A" * 900_000))
+    with pytest.raises(ImageError, match="its metadata.*expected less metadata"):
+        decode_rgb(png(8, 8, more=bomb * 200))
+    assert decode_rgb(png(8, 8, more=chunk(b"tEXt", b"k\0word"))).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_that_of_pillow(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(Image.fromarray(smooth(9, 7)), exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(decode_rgb(data), np.asarray(expected))
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from pivot.data.images import ImageError, load_image
+from tests.data.fakes import GEOMETRY, image_bytes
+def peak_kb():  # of this process alone; getrusage also knows the process that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+load_image(image_bytes(1), GEOMETRY)
+before = peak_kb()
+for path in sys.argv[1:]:
+    try:
+        load_image(Path(path).read_bytes(), GEOMETRY)
+    except ImageError:
+        pass
+print(peak_kb() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_no_file_takes_400_mb(tmp_path):
+    """The largest PNG that is let in, and files that are not."""
+    files = {
+        "largest": png(7200, 7200, mode=0),
+        "bits": header_says(8944, 8944),
+        "line": header_says(1, 80_000_000),
+        "webp": save(Image.new("RGB", (4500, 4500)), "WEBP", lossless=True, method=0),
+        "text": png(8, 8, more=chunk(b"zTXt", b"k\0\0" + zlib.compress(b"A" * 100_000_000))),
+        "profile": png(8, 8, more=chunk(b"iCCP", b"k\0\0" + zlib.compress(b"A" * 100_000_000))),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert 200_000 < int(done.stdout) < 400_000  # kB
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", image_bytes(1)[:60], image_bytes(1, "JPEG")[:200]])
