@@ -71,10 +71,11 @@ class ComponentMeter:
         if self._is_sgd:  # torch's SGD adds decay * w_old to the gradient: the same formula
             direction = gradient
         else:
-            beta1, beta2 = group["betas"]
-            step = float(state["step"])
-            first = state["exp_avg"].view(-1)[rows].float() / (1 - beta1**step)
-            second = state["exp_avg_sq"].view(-1)[rows].float() / (1 - beta2**step)
+            step = state["step"]  # beside the weights where AdamW is fused: to read it the host would wait
+            step = step.double() if isinstance(step, Tensor) else step
+            unbias1, unbias2 = (1 - beta**step for beta in group["betas"])
+            first = state["exp_avg"].view(-1)[rows].float() / unbias1
+            second = state["exp_avg_sq"].view(-1)[rows].float() / unbias2
             direction = first / (second.sqrt() + group["eps"])  # arxiv.org/abs/1711.05101, algorithm 2
         return -lr * (direction + decay * weight) / (1 - lr * decay)
 

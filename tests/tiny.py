@@ -23,6 +23,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -81,7 +82,7 @@ def tiny_tokenizer(
 
 
 def tiny_text_config(kind: str = "qwen2", *, tie: bool = False, vocab_size: int = VOCAB_SIZE, **changes: Any) -> Any:
-    config_class = {"qwen2": Qwen2Config, "llama": LlamaConfig}[kind]
+    config_class = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[kind]
     settings = {
         "vocab_size": vocab_size,
         "hidden_size": WIDTH,

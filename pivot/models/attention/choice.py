@@ -71,14 +71,12 @@ def compare_with_sdpa(
     backend: Backend, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_size: int
 ) -> str | None:
     """None where values and gradients of `backend` are as near to SDPA's in float32 as SDPA's own in `dtype` are."""
-    ends = np.cumsum(_LENGTHS)
-    segments = Segments(ends - _LENGTHS, ends, np.asarray(_PARENTS))
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((heads, segments.num_tokens), (key_heads, segments.num_tokens), (key_heads, segments.num_tokens))
-    states = [torch.randn(1, *shape, head_size, generator=generator).to(device, dtype) for shape in shapes]
-    weight = torch.randn(1, segments.num_tokens, heads, head_size, generator=generator).to(device, dtype)
-    ends_alone = np.array([chain.end - 1 for chain in segments.chains])  # as in the last block, which is read at few
-    for asking in (segments, segments.asking_from(ends_alone)):
+    rows = _probe_rows(device)
+    generator, tokens = torch.Generator().manual_seed(0), rows[0].num_tokens
+    shapes = [(1, count, tokens, head_size) for count in (heads, key_heads, key_heads)]
+    states = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    weight = torch.randn(1, tokens, heads, head_size, generator=generator).to(device, dtype)
+    for asking in rows:
         exact = _run(BACKENDS["sdpa"], [x.float() for x in states], weight.float(), asking)
         usual = _run(BACKENDS["sdpa"], states, weight, asking)
         found = _run(backend, states, weight, asking)
@@ -88,6 +86,14 @@ def compare_with_sdpa(
             if not error <= allowed:  # a NaN is refused, too
                 return f"{name} differs from SDPA's by {error:.2g} on a tree, at most {allowed:.2g} is rounding"
     return None
+
+
+def _probe_rows(device: torch.device) -> list[Segments]:
+    """The tree on `device`, where all of its tokens ask, and where only the chains' last do, as in the last block."""
+    ends = np.cumsum(_LENGTHS)
+    segments = Segments(ends - _LENGTHS, ends, np.asarray(_PARENTS))
+    ends_alone = np.array([chain.end - 1 for chain in segments.chains])
+    return [row.move(lambda tensor: tensor.to(device)) for row in (segments, segments.asking_from(ends_alone))]
 
 
 def _run(backend: Backend, states: list[Tensor], weight: Tensor, segments: Segments) -> list[Tensor]:
