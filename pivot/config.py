@@ -138,7 +138,7 @@ class TrainConfig:
     max_steps: int | None = None  # optimizer steps; exactly one of max_steps and num_epochs
     num_epochs: float | None = None
     seed: int = 0
-    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 on GPU, fp32 on CPU
+    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 on GPUs that compute in it (from Ampere on), else fp32
     activation_checkpointing: str = "none"  # | selective: norms, activations, gathered keys are computed again in
     # backward, about half of what a block keeps for a few percent of time | full: blocks are, a third more time
     attention: str = "auto"  # auto | torch_varlen | flash_attn | sdpa: the back end of the prefix trees' attention

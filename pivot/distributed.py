@@ -161,7 +161,7 @@ class StopSignal:
 def rng_state() -> dict[str, torch.Tensor]:
     """This rank's torch random states. pivot draws from nothing else: the data's order is a function of the seed."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else there may be a GPU, but this run does not use it
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -169,5 +169,5 @@ def rng_state() -> dict[str, torch.Tensor]:
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     """Put back what `rng_state` gave; a state of a device that is not here is left out."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])

@@ -189,8 +189,10 @@ def _longest_text(config: Config) -> int:
 
 
 def _settle_dtype(precision: str, world: World) -> torch.dtype:
+    """Of all ranks. Collective: auto is bf16 where each rank's GPU computes in it, not by emulation, which is slow."""
     if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "fp32"
+        fast = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if all(distributed.gather(fast)) else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 

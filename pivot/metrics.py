@@ -118,10 +118,10 @@ class Timer:
         }
 
 
-def peak_memory_gib() -> float:
-    """The most memory this process has held: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU where it runs on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows, where nothing here runs distributed anyway
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -303,7 +303,7 @@ class Trainer:
         sums.include(self.engine.squares())
         sums.count(masked=loader.num_masked - masked, stop=self.stop is not None and self.stop.received is not None)
         # Since the step before: the loader waits for a step's first micro-batch before it hands the step over.
-        sums.highest(wait_s=loader.data_wait_s - self.waited_s, peak_memory_gib=peak_memory_gib())
+        sums.highest(wait_s=loader.data_wait_s - self.waited_s, peak_memory_gib=peak_memory_gib(device))
         self.waited_s = loader.data_wait_s
         found = sums.reduce()
         self.stopping = found.pop("stop") > 0  # on one rank is on all: they leave the loop together
