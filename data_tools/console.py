@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from pivot.plain import plain
+
 REPORT_EVERY_S = 10.0  # where no terminal can rewrite a line
 REWRITE_EVERY_S = 0.5
 
@@ -26,14 +28,14 @@ class Output:
 
     def say(self, text: str) -> None:
         if self.loudness and not self.as_json:
-            print(text, flush=True)
+            print(plain(text), flush=True)
 
     def detail(self, text: str) -> None:
         if self.loudness > 1:
-            print(text, file=sys.stderr, flush=True)
+            print(plain(text), file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"error: {plain(text)}", file=sys.stderr, flush=True)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         if not self.loudness or self.as_json:
@@ -41,7 +43,7 @@ class Output:
         table = Table(*columns)
         table.columns[-1].overflow = "fold"
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(plain(str(cell)) for cell in row))
         RichConsole(markup=False).print(table)
 
     def result(self, document: Any) -> None:
@@ -70,7 +72,7 @@ class Progress:
         every = REWRITE_EVERY_S if self._terminal else REPORT_EVERY_S
         if self._shows and now - self._last >= every:
             self._last = now
-            text = progress_text(done, total, (done - self._first) / (now - self._started), self._unit, remark)
+            text = plain(progress_text(done, total, (done - self._first) / (now - self._started), self._unit, remark))
             print(f"\r\x1b[K{text}" if self._terminal else text, file=sys.stderr, end="", flush=True)
             if not self._terminal:
                 print(file=sys.stderr)

@@ -101,9 +101,10 @@ def report(error: Exception) -> int:
 
 
 def _print_error(text: str) -> None:
+    from pivot.plain import plain
     from pivot.redact import redact
 
-    print(redact(text), file=sys.stderr, flush=True)
+    print(plain(redact(text)), file=sys.stderr, flush=True)
 
 
 def _raised_by_pivot(error: Exception) -> bool:

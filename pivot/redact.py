@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pivot.plain import plain
+
 MARK = "***"
 _SECRET = re.compile(r"token(?!s)|key|secret|passw|credential|auth(?!or)", re.IGNORECASE)  # max_tokens counts tokens
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s'\"<>]+)")
@@ -94,5 +96,5 @@ def is_redacted(text: str) -> bool:
 
 
 def tell(text: str) -> None:
-    """Print a line for the reader at the terminal."""
-    print(redact(text), flush=True)
+    """Print a line for the reader at the terminal, without secrets and with control characters written out."""
+    print(plain(redact(text)), flush=True)

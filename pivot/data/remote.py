@@ -27,6 +27,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pivot.data.web import STALL_S, StatusError, open_web
 from pivot.lock import FileLock
+from pivot.plain import plain
 
 logger = logging.getLogger(__name__)
 
@@ -329,7 +330,7 @@ def _status(error: Exception) -> int | None:
 
 def _in_words(url: str, error: Exception) -> str:
     """What was seen, in one short line without the URL's secrets."""
-    said = " ".join(str(error).replace(url, shown(url)).split())[:300]
+    said = plain(" ".join(str(error).replace(url, shown(url)).split())[:300])
     return said if isinstance(error, StatusError) else f"{type(error).__name__}: {said}"
 
 
