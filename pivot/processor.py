@@ -24,6 +24,7 @@ from pivot.config import DataConfig, ModelConfig, VisionTowerConfig
 from pivot.conversation import ChangedAnswer, check_completion, check_prompt, escape_text
 from pivot.geometry import EncoderFacts, ImageGeometry, describe_vision_tower, read_image_settings
 from pivot.stock import choose_image_fit, describe_other_ids, find_chat_template, require_same, same_features
+from pivot.template_limit import require_bounded
 
 __all__ = ["EncodedPair", "ImageGeometry", "Processor", "build_processor"]
 
@@ -204,6 +205,7 @@ class Processor:
                 "chat template: it writes today's date into the prompt, so token ids and reference log-probs would "
                 "change over night; copy it to a file, write a fixed date there, and set data.chat_template to it"
             )
+        require_bounded(template)
         if template.startswith((_FLATTEN, _UNFLATTEN)):  # our own export
             return template
         return (_UNFLATTEN if self._takes_lists(template) else _FLATTEN) + template
