@@ -30,6 +30,7 @@ from pivot.data.samples import KEY_PATTERN, Sample, parse_sample
 BLOCK = 512  # of a tar
 REGULAR = ("0", "\0")  # types of tar entries
 MAX_OPEN_FILES = 128  # per process; the usual limit is 1024 and a set may hold 10,000 shards
+OCTAL = re.compile(rb"[0-7]+")
 PICTURE = re.compile(r"([0-9A-Za-z_-]+\.)?(jpg|jpeg|png|webp)")  # what may follow KEY. without being listed
 
 
@@ -48,9 +49,10 @@ def walk_entries(buffer: bytes) -> Iterator[tuple[str, str, memoryview]]:
     while position < len(buffer):
         header = buffer[position : position + BLOCK]
         folder, name = (part.rstrip(b"\0").decode("ascii", "replace") for part in (header[345:500], header[:100]))
-        size = int(header[124:136].rstrip(b" \0") or b"0", 8)
-        body = position + BLOCK
-        if not name or body + size > len(buffer):
+        digits = header[124:136].strip(b" \0") or b"0"
+        octal = OCTAL.fullmatch(digits) is not None  # int() would take a sign, and a size below 0 leads back
+        size, body = int(digits, 8) if octal else 0, position + BLOCK
+        if not name or not octal or body + size > len(buffer):
             raise ValueError(f"no tar member at byte {position} of the sample")
         yield f"{folder}/{name}" if folder else name, chr(header[156]), view[body : body + size]
         position = body + -(-size // BLOCK) * BLOCK

@@ -313,3 +313,14 @@ def flip_bit(opened, row):
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 4]))
+
+
+@pytest.mark.parametrize(
+    "size", [b"-0000001000", b"\x80" + b"\0" * 11, b"\xff" * 12, b"99999999999", b"77777777777", b"0o7"]
+)
+def test_a_size_that_is_no_octal_number_is_no_member(size):
+    """-512 led back to the same header, without end."""
+    header = bytearray(tarfile.TarInfo("a.json").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size.ljust(12, b"\0")
+    with pytest.raises(ValueError, match="no tar member at byte 0"):
+        list(walk_members(bytes(header) + bytes(BLOCK)))
