@@ -162,9 +162,13 @@ def _sound_entries(path: Path, file: IO[bytes], tar: tarfile.TarFile) -> list[ta
 
     Those whose names begin with a dot are left out: the Mac writes one beside each file.
     """
-    entries = [entry for entry in tar if not entry.isdir() and not entry.name.rpartition("/")[2].startswith(".")]
+    size = path.stat().st_size
+    entries = [
+        entry
+        for entry in _bounded_entries(path, tar, size)
+        if not entry.isdir() and not entry.name.rpartition("/")[2].startswith(".")
+    ]
     end = tar.offset
-    size = file.seek(0, 2)
     file.seek(min(end, size))
     rest = file.read(2 * BLOCK)
     if size < end or len(rest) < BLOCK or rest.strip(b"\0"):
@@ -178,6 +182,26 @@ def _sound_entries(path: Path, file: IO[bytes], tar: tarfile.TarFile) -> list[ta
             )
         seen.add(key)
     return entries
+
+
+def _bounded_entries(path: Path, tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The entries of the tar, `size` bytes long. Raises ValueError where a header lies about how long its entry is."""
+    while True:
+        place = tar.offset
+        try:
+            entry = tar.next()
+        except (OSError, ValueError, OverflowError, MemoryError) as error:  # a size that no file has
+            raise ValueError(
+                f"{path} has a header at byte {place} that cannot be read; fetch the file again"
+            ) from error
+        if entry is None:
+            return
+        if entry.isreg() and not 0 <= entry.size <= size - entry.offset_data:
+            raise ValueError(
+                f"{path} is cut or damaged: its member {shown(entry.name)} at byte {entry.offset} is told to have "
+                f"{entry.size} bytes, and {max(0, size - entry.offset_data)} follow; fetch the file again"
+            )
+        yield entry
 
 
 def _split(name: str) -> tuple[str, str]:
