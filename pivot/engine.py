@@ -163,7 +163,7 @@ class Engine:
         rates = self._set_rates(step)
         self._meter.start(enabled=measure)
         metrics = {f"lr/{name}": rate for name, rate in rates.items()}
-        metrics["skipped_steps"] = self._skip_at_stage_0() if self.stage == 0 else 0
+        metrics["skipped_steps"] = int(self.stage == 0 and self._skip_at_stage_0())
         if metrics["skipped_steps"]:
             return metrics
         if self.stage == 0 and measure:
