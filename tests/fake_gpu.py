@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.syncs import Synchronised, forbid_syncs
 
@@ -46,7 +47,6 @@ def fake_gpu() -> Iterator[None]:
 
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
-INDEXING = {"index", "index_put", "index_put_"}
 
 
 class _Card(TorchDispatchMode):
@@ -61,11 +61,17 @@ class _Card(TorchDispatchMode):
             free = not source.numel() or (non_blocking and getattr(source, "page_locked", False))
             if source.device.type != result.device.type and not free:
                 raise Synchronised(f"aten::{name} from {source.device.type} to {result.device.type} waits")
-        if name in INDEXING and any(index is not None and index.device != args[0].device for index in args[1]):
-            raise Synchronised(f"aten::{name} with indices on another device waits")  # torch copies them itself
+        elif len(places := {value.device.type for value in tree_leaves((args, kwargs)) if _has_place(value)}) > 1:
+            # Most raise on a card, too; indexing fetches its indices from the host, and waits.
+            raise RuntimeError(f"aten::{name} of tensors on {' and '.join(sorted(places))}")
         if name in PRODUCTS and len({value.dtype for value in args if isinstance(value, Tensor)}) > 1:
             raise RuntimeError(f"aten::{name} of tensors of several types")
         return result
+
+
+def _has_place(value: Any) -> bool:
+    """A number on the host goes with tensors of any device."""
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 @contextlib.contextmanager

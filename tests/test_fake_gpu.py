@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pivot.batch import PackedBatch
-from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig
+from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig, VisionTowerConfig
 from pivot.counts import StepCounts
 from pivot.distributed import World
 from pivot.evaluate.generation import _decode, _embed, _left_pad, stock_attention
@@ -19,14 +19,16 @@ from pivot.evaluate.pairs import Terms
 from pivot.meter import ComponentMeter
 from pivot.metrics import StepMetrics, send
 from pivot.models.attention import choice, choose_attention
+from pivot.models.attention import varlen as varlen_module
 from pivot.models.mllm import MLLM
+from pivot.models.vision import build_vision_tower
 from pivot.objectives import build_objective
 from pivot.selfcheck import start_margins
 from pivot.step import run_micro_batch
 from tests.fake_gpu import GPU, fake_gpu, forbid_waits
 from tests.ranks.scenarios import build_plain, merge, pair
 from tests.syncs import Synchronised
-from tests.tiny import random_images, tiny_llava
+from tests.tiny import random_images, tiny_llava, tiny_open_clip
 from tests.trees import TREES, build_batch, random_segments
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # recompute's: all zero
@@ -197,6 +199,41 @@ def test_the_preferred_back_end_is_chosen(monkeypatch: pytest.MonkeyPatch) -> No
         assert str(choose_attention("auto", dtype=torch.bfloat16, **shape)) == "torch_varlen"
         found = choose_attention("auto", dtype=torch.float32, **shape)
     assert found.name == "sdpa" and found.refused["torch_varlen"] == "needs bf16, the run is in float32"
+
+
+def test_flash_attention_gets_what_it_takes(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flash-attn package's function, which stands here with its demands alone: it has no fake kernel."""
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        for states in (q, k, v):
+            assert states.dtype == torch.bfloat16 and states.device == GPU and states.is_contiguous()
+        for cumulative in (options["cu_seqlens_q"], options["cu_seqlens_k"]):
+            assert cumulative.dtype == torch.int32 and cumulative.device == GPU
+        assert isinstance(options["max_seqlen_q"], int) and isinstance(options["max_seqlen_k"], int)
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(varlen_module, "_flash_function", lambda: varlen)
+    model, image = build_plain(folders["siglip + qwen2"], torch.bfloat16)
+    model.use_attention("flash_attn")
+    host = rows(image)["two images, three deep"]
+    with fake_gpu():
+        model.to(GPU)(host.to(GPU))
+        on_gpu = host.pin_memory().to(GPU)
+        with forbid_waits():
+            assert model(on_gpu).shape == host.target_ids.shape
+
+
+@pytest.mark.parametrize("with_timm", [False, True])
+def test_an_open_clip_encoder_stays_on_the_gpu(tmp_path: Path, with_timm: bool) -> None:
+    name = tiny_open_clip(tmp_path, with_timm=with_timm)
+    tower = build_vision_tower(VisionTowerConfig(path=f"open_clip:{name}"), dtype=torch.bfloat16)
+    pixels = random_images(2)
+    with fake_gpu():
+        pixels = pixels.to(GPU)
+        tower.to(GPU)(pixels)
+        with forbid_waits():
+            features = tower(pixels)
+        assert (features.device, features.dtype, features.shape) == (GPU, torch.bfloat16, (2, 16, tower.width))
 
 
 # -- the harness -----------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "torch_varlen": torch_varlen, "fla
 
 
 def registered_name(backend: str) -> str:
-    """What transformers knows a back end by."""
-    return f"pivot_tree_{backend}"
+    """What transformers knows a back end by: a name with `flash` in it, it would look for in a package of its own."""
+    return f"pivot_tree_{backend.replace('flash', 'fast')}"
 
 
 def tree_attention(
