@@ -98,7 +98,9 @@ class Bench:
             "pairs_per_step": self.pairs,
             "lr": LR,
         }
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if self.options.device == "cpu" else {})
+        environment = os.environ | (
+            {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if self.options.device == "cpu" else {}
+        )
         command = [sys.executable, str(HERE / script), json.dumps(task)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode or not out.is_file():

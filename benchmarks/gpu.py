@@ -269,6 +269,8 @@ def main() -> int:
                     found[name] = parts[name]()
                 except Exception as error:  # the other parts are worth having
                     found[name] = {"failed": f"{type(error).__name__}: {str(error)[-500:]}"}
+            if options.device == "cuda":
+                torch.cuda.empty_cache()  # the next part's processes want all of the card
             text = as_table(found[name]) if isinstance(found[name], list) else None
             text = text or (show(found[name]) if "pairs_per_s" in found[name] else str(found[name]))
             print(f"\n## {name} ({time.monotonic() - started:.0f} s)\n\n{text}", flush=True)
