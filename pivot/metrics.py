@@ -143,7 +143,7 @@ class RunLog:
             return
         self._evaluated, num_cut = _cut_back(folder, first_step)
         if num_cut:
-            tell(f"log        {num_cut} rows behind step {first_step} were cut off: those steps are made again")
+            tell(f"log        cut back to step {first_step}; rows of steps that are made again: {num_cut}")
         self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

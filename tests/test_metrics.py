@@ -36,7 +36,7 @@ def test_rows_behind_the_checkpoint_are_cut_and_said(tmp_path: Path, capsys: pyt
     assert read(tmp_path / "log.jsonl") == [START, evaluations[0], *steps[:2], evaluations[1], {"step": 3, "loss": 2.0}]
     assert [row["step"] for row in read(tmp_path / "samples.jsonl")] == [0, 2]
     assert log.has_evaluation(2) and not log.has_evaluation(4)
-    assert "2 rows behind step 2 were cut off" in capsys.readouterr().out
+    assert "cut back to step 2; rows of steps that are made again: 2" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
