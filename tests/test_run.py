@@ -35,7 +35,7 @@ def folder(config: Config) -> RunFolder:
 def claim(folder: RunFolder, config: Config, total_steps: int = 4) -> int | None:
     """In a second RunFolder, as a second start does: the first one's lock is gone with its process."""
     if folder._lock is not None:
-        folder._lock.close()
+        folder.release()
     return folder.claim(config, total_steps, print)
 
 

@@ -393,7 +393,7 @@ def test_larger_images_are_made_smaller_and_others_keep_their_bytes(tmp_path, ca
         "wide.png": save(wide),
         "turned.jpg": save(wide, "JPEG", exif=turned),
         "small.png": image_bytes(3),
-        "line.png": save(Image.fromarray(smooth(400, 1))),
+        "line.png": save(Image.fromarray(smooth(190, 1))),
     }
     rows = [{"id": n, "prompt": "What?", "chosen": n, "rejected": "B", "image": n} for n in images]
     source = write_rows(tmp_path / "in", rows, images)
