@@ -36,11 +36,18 @@ def _pin_memory(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[None]:
-    """In here no operation computes. Real tensors may come in; they lie on the host until they are moved."""
+    """In here no operation computes. Real tensors may come in; they lie on the host until they are moved.
+
+    torch 2.15 asks what card it is before it picks a kernel of variable-length attention: an A100.
+    """
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a real weight cannot become a fake one in place
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(Tensor, "pin_memory", _pin_memory):
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            mock.patch.object(Tensor, "pin_memory", _pin_memory),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)),
+        ):
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
