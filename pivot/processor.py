@@ -24,7 +24,7 @@ from pivot.config import DataConfig, ModelConfig, VisionTowerConfig
 from pivot.conversation import ChangedAnswer, check_completion, check_prompt, escape_text
 from pivot.geometry import EncoderFacts, ImageGeometry, describe_vision_tower, read_image_settings
 from pivot.stock import choose_image_fit, describe_other_ids, find_chat_template, require_same, same_features
-from pivot.template_limit import require_bounded
+from pivot.template_limit import render_bounded, require_bounded
 
 __all__ = ["EncodedPair", "ImageGeometry", "Processor", "build_processor"]
 
@@ -377,19 +377,24 @@ class Processor:
     ) -> str:
         # transformers renders in a sandbox; rendering a template ourselves would run whatever it holds.
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=template or self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+            return render_bounded(
+                lambda: self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=template or self.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
         except SecurityError:
             raise
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(f"chat template: refused the roles {roles}: {error}") from error
-        assert isinstance(text, str)
-        return text
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+            raise ValueError(
+                f"chat template: it fails ({type(error).__name__}: {error}); correct it, or give another one in "
+                "data.chat_template"
+            ) from error
 
     def _choose_escapes(self, messages: Iterable[dict[str, Any]]) -> dict[str, str]:
         """Special tokens in what users wrote -> the private-use letter that stands for each while rendering."""
