@@ -26,6 +26,7 @@ EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"
 STRIP_PIXELS = 1 << 18  # converted to RGB at a time
 MAX_RATIO = 16  # of the sides of an image, cropped just as transformers does
 MAX_PADDED_PIXELS = 30_000_000  # of the square that a longer image is laid on before it is resized: 90 MB
+MAX_BETWEEN_PIXELS = 30_000_000  # of the image between the two passes of a resize
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -188,6 +189,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _resize(rgb: np.ndarray, height: int, width: int, resample: str) -> Tensor:
     # From H, W, 3 in memory: the channels-last layout that torch's fast uint8 path wants.
     pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
+    if rgb.shape[0] * width > MAX_BETWEEN_PIXELS:  # torch resizes the rows first, all of a very high image
+        pixels = F.interpolate(pixels, size=(height, rgb.shape[1]), mode=resample, antialias=True)
     if pixels.shape[2:] != (height, width):
         pixels = F.interpolate(pixels, size=(height, width), mode=resample, antialias=True)
     return pixels[0].contiguous()
