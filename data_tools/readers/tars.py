@@ -8,6 +8,7 @@ that was cut is an error, since most readers take it for a shorter one, and so i
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -123,10 +124,19 @@ def _tars(path: Path) -> list[Path]:
     return [path] if path.suffix == ".tar" and path.is_file() else []
 
 
+class _Bounded(io.BufferedReader):
+    """A file from which tarfile reads no header of gigabytes, which it would hold at once."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_MEMBER_BYTES:
+            raise ValueError(f"{size} bytes to be read at once, expected at most {MAX_MEMBER_BYTES}")
+        return super().read(size)
+
+
 def _samples(path: Path) -> Iterator[_Members]:
-    with path.open("rb") as file:
+    with _Bounded(io.FileIO(path)) as file:
         try:
-            with tarfile.open(fileobj=file) as tar:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
                 entries = _sound_entries(path, file, tar)
                 for key, together in groupby(entries, key=lambda entry: _split(entry.name)[0]):
                     members = _Members(key)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import os
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -69,3 +71,21 @@ def refuse(folder: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "\n" not in str(told.value) and peak < 50e6
+
+
+@pytest.mark.parametrize("kind", ["x", "g", "L", "K"])
+def test_a_header_of_gigabytes_is_not_read(tmp_path: Path, kind: str) -> None:
+    """tarfile holds the body of such an entry at once; here it is really there, as a hole in the file."""
+    content = bytearray(set_size(write_tar(tmp_path / "0.tar"), b"%011o\0" % (3 << 30)))
+    content[2 * BLOCK + 156] = ord(kind)
+    content = set_size(content, bytes(content[2 * BLOCK + 124 : 2 * BLOCK + 136]))
+    (tmp_path / "0.tar").write_bytes(content)
+    os.truncate(tmp_path / "0.tar", 4 << 30)
+    refuse(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", gzip.compress(bytes(50_000_000))])
+def test_a_file_that_is_no_tar_is_told(tmp_path: Path, content: bytes) -> None:
+    """Nothing in it is unpacked: 50 kB of gzip may hold 50 MB, or any number more."""
+    (tmp_path / "0.tar").write_bytes(content)
+    refuse(tmp_path)
