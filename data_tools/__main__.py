@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from data_tools.arguments import whole_number
 from data_tools.console import Output
+from pivot.plain import plain
 
 # Each has a module in data_tools/commands: add_arguments(parser) and run(options, output) -> exit code.
 COMMANDS = {
@@ -89,7 +90,7 @@ def _damage_text(error: RuntimeError) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
+        self.exit(2, plain(f"error: {message}; {self.prog} --help lists what there is\n"))
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from pivot.plain import plain
+from pivot.plain import plain, plain_json
 
 REPORT_EVERY_S = 10.0  # where no terminal can rewrite a line
 REWRITE_EVERY_S = 0.5
@@ -49,7 +49,7 @@ class Output:
     def result(self, document: Any) -> None:
         """The whole result, for `--json`; people have seen it in words."""
         if self.as_json:
-            print(json.dumps(document, ensure_ascii=False, default=str))
+            print(plain_json(json.dumps(document, ensure_ascii=False, default=str)))
 
     def progress(self, unit: str) -> Progress:
         return Progress(unit, shows=self.loudness > 0)

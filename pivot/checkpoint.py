@@ -30,6 +30,7 @@ import torch.distributed as dist
 from pivot import distributed
 from pivot.distributed import World
 from pivot.files import read_object, write_atomically
+from pivot.plain import plain
 from pivot.redact import redact
 
 FORMAT = 1
@@ -98,8 +99,9 @@ def save(
                 extra(partial)
     except BaseException:
         free = shutil.disk_usage(checkpoints).free / 2**30
-        print(redact(traceback.format_exc()), file=sys.stderr)
-        print(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", file=sys.stderr)
+        print(plain(redact(traceback.format_exc())), file=sys.stderr)
+        problem = f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)"
+        print(plain(problem), file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
     dist.barrier()

@@ -1,9 +1,11 @@
 """Control characters from data, files and servers are written out before a terminal sees them."""
 
 import io
+import json
 
 import pytest
 
+from data_tools.__main__ import main
 from data_tools.console import Output, Progress
 from launch.command import report
 from pivot.config import ConfigError
@@ -58,3 +60,16 @@ def test_remarks_of_a_progress_line_are_written_out(monkeypatch):
     times = iter([0.0, 20.0])
     Progress("rows", clock=lambda: next(times))(1, 2, EVIL)
     assert safe(written.getvalue())
+
+
+def test_json_stays_json_and_keeps_what_it_says(capsys):
+    document = {"id": EVIL, "words": "Gr\u00fc\u00dfe"}
+    Output(as_json=True).result(document)
+    told = capsys.readouterr().out
+    assert safe(told) and "Gr\u00fc\u00dfe" in told and json.loads(told) == document
+
+
+def test_a_wrong_command_line_is_written_out(capsys):
+    with pytest.raises(SystemExit):
+        main(["pack", "x", f"--{EVIL}"])
+    assert safe(capsys.readouterr().err)
