@@ -24,6 +24,7 @@ from data_tools.records import Drop, ImageBytes, Malformed, Record, shown
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 100_000_000
+MAX_READ_BYTES = MAX_MEMBER_BYTES  # at once, of a header too
 HEAD_BYTES = 64  # enough to tell what a file is
 
 
@@ -128,8 +129,8 @@ class _Bounded(io.BufferedReader):
     """A file from which tarfile reads no header of gigabytes, which it would hold at once."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= MAX_MEMBER_BYTES:
-            raise ValueError(f"{size} bytes to be read at once, expected at most {MAX_MEMBER_BYTES}")
+        if size is None or not 0 <= size <= MAX_READ_BYTES:
+            raise ValueError(f"{size} bytes to be read at once, expected at most {MAX_READ_BYTES}")
         return super().read(size)
 
 
