@@ -82,9 +82,10 @@ def _make_references(config: Config, check_only: bool) -> int:
 
 def report(error: Exception) -> int:
     """Print `error`, as one sentence where it is our own word to the user and with its traceback elsewhere."""
+    from pivot.sentences import in_our_words
+
     rank = os.environ.get("RANK", "0")
-    in_our_words = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None)
-    if in_our_words and _raised_by_pivot(error):
+    if in_our_words(error):
         _print_error(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")
         return USAGE_ERROR if isinstance(error, ValueError) else FAILED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -105,8 +106,3 @@ def _print_error(text: str) -> None:
     from pivot.redact import redact
 
     print(plain(redact(text)), file=sys.stderr, flush=True)
-
-
-def _raised_by_pivot(error: Exception) -> bool:
-    *_, innermost = traceback.walk_tb(error.__traceback__)
-    return Path(innermost[0].f_code.co_filename).resolve().is_relative_to(ROOT / "pivot")

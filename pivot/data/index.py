@@ -70,8 +70,12 @@ def read_indexes(part: Part, cache: ShardCache | None) -> np.ndarray:
             read_index(part.folder, shard, cache, block[end - shard.samples * BYTES_PER_RECORD : end])
 
     with ThreadPoolExecutor(OPENING_THREADS) as pool:
-        for _ in pool.map(read, range(0, len(part.shards), OPENING_BATCH)):
-            pass  # in the manifest's order, so that of several errors the first is raised
+        try:
+            for _ in pool.map(read, range(0, len(part.shards), OPENING_BATCH)):
+                pass  # in the manifest's order, so that of several errors the first is raised
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # a server that is away would be waited for by each
+            raise
     return index
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from pivot.workers import worker_pool
 
 if TYPE_CHECKING:
     from pivot.processor import Processor
+
+logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 500  # between two reports of progress
 LENGTH_RECORD = np.dtype(
@@ -121,11 +124,21 @@ def _fetch_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path
         data = shards.read_beside(number, "lengths", path.parent.name, path.name)
         if data is None:
             return done
-        records = np.load(io.BytesIO(data), allow_pickle=False)
-        if records.dtype != LENGTH_RECORD or len(records) != shards.shards[number].samples:
+        records = _parse_records(data, shards.shards[number].samples)
+        if records is None:
+            logger.warning("lengths/%s/%s beside the set holds no token counts of it; counting", *path.parts[-2:])
             return done
         write_array(path, records)
     return len(numbers)
+
+
+def _parse_records(data: bytes, samples: int) -> np.ndarray | None:
+    """LENGTH_RECORD[samples] of a side-car that somebody uploaded; None where it holds anything else."""
+    try:
+        records = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError):  # MemoryError: a header that tells of more than the file has
+        return None
+    return records if records.dtype == LENGTH_RECORD and records.shape == (samples,) else None
 
 
 Counter = Callable[[list[int]], Iterator[tuple[int, Iterable[np.ndarray]]]]

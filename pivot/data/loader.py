@@ -28,6 +28,7 @@ from pivot.data.images import ImageError, load_image
 from pivot.data.plan import Plan, StepPlan
 from pivot.data.samples import completions_of
 from pivot.data.shards import DamagedSample, ShardSet
+from pivot.sentences import in_our_words
 from pivot.workers import be_worker_of, ending
 
 if TYPE_CHECKING:
@@ -68,7 +69,16 @@ class MicroBatches(Dataset):
         self._shards, self._processor = shards, processor
         self._lengths, self._roles, self._image_trees = plan.lengths, plan.roles, plan.image_trees
 
-    def __getitem__(self, task: Task) -> Made:
+    def __getitem__(self, task: Task) -> Made | Exception:
+        """The micro-batch, or the error that ends the run: raised here it would be buried in torch's report of it."""
+        try:
+            return self._make(task)
+        except Exception as error:
+            if in_our_words(error):
+                return error
+            raise
+
+    def _make(self, task: Task) -> Made:
         examples, bad = [], {}
         decoded: dict[str, Tensor] = {}  # of this micro-batch: pairs about one image share its pixels
         for place, row in enumerate(task.rows):
@@ -153,7 +163,7 @@ class Loader:
         self._shards, self._timeout_s = shards, timeout_s
         self._bad_samples = Path(bad_samples_dir) / f"bad-samples-rank{rank}.jsonl" if bad_samples_dir else None
         self._steps = first_step  # consumed, not read ahead
-        self._made: Iterator[Made] = iter(())
+        self._made: Iterator[Made | Exception] = iter(())
         self._planned: deque[StepPlan] = deque()  # of the steps whose tasks were handed out
         self._num_read = self._bad_in_a_row = 0
         self.num_masked = 0
@@ -201,6 +211,8 @@ class Loader:
                     "wait for data; see whether the file system or the server of data.train answers, then resume"
                 ) from error
             raise
+        if isinstance(item, Exception):
+            raise item
         self.data_wait_s += time.perf_counter() - start
         return item
 

@@ -40,6 +40,7 @@ ABANDONED_S = 3600.0  # after which a .part that nobody writes to may go
 CHUNK = 1 << 20
 _AGAIN = (408, 425, 429)  # HTTP statuses below 500 that mean `later`
 Result = TypeVar("Result")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>()\[\]]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 
 
@@ -295,9 +296,21 @@ def _try_often(url: str, fetch: Callable[[], Result]) -> Result:
                     f"{seen} ({TRIES} tries); see whether the server is up, then run the same command again"
                 ) from error
             if attempt == 0:
-                logger.warning("%s; trying again for %.0f s", seen, FIRST_WAIT_S * (2 ** (TRIES - 1) - 1))
+                _tell_once(url, seen, FIRST_WAIT_S * (2 ** (TRIES - 1) - 1))
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise AssertionError("the last try returns or raises")
+
+
+_told_at: dict[str, float] = {}  # server -> when
+
+
+def _tell_once(url: str, seen: str, wait_s: float) -> None:
+    """Say what was seen of a server: once in the time of all tries, of however many files threads ask it for."""
+    server = url if is_command(url) else urlsplit(url).netloc
+    now = time.monotonic()
+    if now - _told_at.get(server, -float("inf")) >= wait_s:
+        _told_at[server] = now
+        logger.warning("%s; trying again for %.0f s", seen, wait_s)
 
 
 def _raise_if_final(url: str, error: Exception) -> None:
@@ -330,7 +343,9 @@ def _status(error: Exception) -> int | None:
 
 def _in_words(url: str, error: Exception) -> str:
     """What was seen, in one short line without the URL's secrets."""
-    said = plain(" ".join(str(error).replace(url, shown(url)).split())[:300])
+    without = str(error).replace(url, shown(url))
+    without = _URL.sub(lambda other: shown(other[0]), without)  # where it was sent on to, signed perhaps
+    said = plain(" ".join(without.split())[:300])
     return said if isinstance(error, StatusError) else f"{type(error).__name__}: {said}"
 
 

@@ -2,18 +2,24 @@
 
 import functools
 import http.server
+import io
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 from launch.command import report
-from pivot.data import remote, web
+from pivot.data import index, remote, web
+from pivot.data.lengths import build_lengths
+from pivot.data.loader import Loader
 from pivot.data.remote import NotThere, Refused, ShardCache, Unreachable
 from pivot.data.shards import ShardSet
-from tests.data.fakes import make_set
+from tests.data.fakes import FakeProcessor, make_plan, make_set
+from tests.data.test_loader import take
 
 SECRET = "?token=s3cret"
 
@@ -21,6 +27,11 @@ SECRET = "?token=s3cret"
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     return make_set(tmp_path_factory.mktemp("faults"), count=12, samples_per_shard=4)
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("many"), count=12, samples_per_shard=1)
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +216,66 @@ def test_a_shard_out_of_reach_is_no_damaged_sample(packed, tmp_path):
         far = ShardSet.open(url, ShardCache(tmp_path))
         with pytest.raises(Unreachable, match="HTTP 503"):
             far.read(0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_goes_away_ends_the_loader_in_one_sentence(packed, tmp_path, capsys, workers):
+    """Also out of a worker process, whose errors torch would report with a traceback for each process."""
+    with serve(packed.folder) as (server, url):
+        far = ShardSet.open(url, ShardCache(tmp_path / "cache"))
+        plan = make_plan(packed, tmp_path / "lengths", world_size=1)
+        server.affected, server.faults = "/shards/", [status(503)] * 9999
+        with pytest.raises(Unreachable) as caught:
+            take(Loader(far, plan, FakeProcessor(), workers=workers), 1)
+    assert report(caught.value) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and "HTTP 503 Service Unavailable (7 tries)" in told[0]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_server_that_is_away_is_not_waited_for_by_each_shard(many_shards, tmp_path, monkeypatch):
+    """Of 12 shards in batches of one, two threads ask: 7 tries each, and those that had begun when the first failed."""
+    monkeypatch.setattr(index, "OPENING_BATCH", 1)
+    monkeypatch.setattr(index, "OPENING_THREADS", 2)
+    with serve(many_shards.folder, [status(503)] * 9999, "/index/") as (server, url), pytest.raises(Unreachable):
+        ShardSet.open(url, ShardCache(tmp_path))
+    assert len({path for path, _ in server.asked}) <= 1 + 4 < 1 + 12
+
+
+def test_a_server_is_told_once_for_many_files(packed, tmp_path, monkeypatch, caplog):
+    """0.01 + 0.02 + ... + 0.32 = 0.63 s, in which three threads ask for a file each."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    with serve(packed.folder, [status(503)] * 9999, "/shards/") as (_, url), caplog.at_level(logging.WARNING):
+        far = ShardSet.open(url, ShardCache(tmp_path))
+        with ThreadPoolExecutor(3) as pool:
+            problems = [future.exception() for future in [pool.submit(far.fetch, shard) for shard in range(3)]]
+    assert all(isinstance(problem, Unreachable) for problem in problems)
+    assert sum("trying again for 1 s" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"PK\3\4 a zip", "huge", "another type"])
+def test_side_cars_that_are_none_are_counted_anew(packed, tmp_path, monkeypatch, caplog, body):
+    """Whoever may write to the server may write anything."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<u8", "fortran_order": False, "shape": (10**12,)})
+    body = {"huge": file.getvalue(), "another type": file.getvalue().replace(b"1000000000000", b"1            ")}.get(
+        body, body
+    )
+    with serve(packed.folder) as (_, url):
+        far = ShardSet.open(url, ShardCache(tmp_path))
+        monkeypatch.setattr(ShardSet, "read_beside", lambda self, shard, *names: body)
+        assert build_lengths(far, FakeProcessor(), tmp_path) == 12
+    assert "beside the set holds no token counts of it; counting" in caplog.text
+
+
+def test_the_signature_of_an_address_that_a_server_sends_on_to_is_not_told(monkeypatch, tmp_path):
+    def refuse(url):
+        raise ConnectionError("cannot connect to 'https://me:pa55@store.example/a?X-Signature=s3cret'")
+
+    monkeypatch.setattr(remote, "_read", refuse)
+    with pytest.raises(Unreachable, match="cannot connect to 'https://store.example/a'") as caught:
+        ShardCache(tmp_path).read("hf://datasets/o/n/manifest.json")
+    assert "s3cret" not in str(caught.value) and "pa55" not in str(caught.value)
 
 
 def test_the_waits_come_to_a_minute(monkeypatch):
