@@ -102,7 +102,6 @@ def report(error: Exception) -> int:
 
 
 def _print_error(text: str) -> None:
-    from pivot.plain import plain
-    from pivot.redact import redact
+    from pivot.redact import tell
 
-    print(plain(redact(text)), file=sys.stderr, flush=True)
+    tell(text, to=sys.stderr)

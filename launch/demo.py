@@ -129,10 +129,9 @@ def _settings(name: str, folder: Path) -> list[str]:
 
 def _read_status(run: Path) -> str | None:
     """What the run says of itself; None where it says nothing, or where a crash damaged it."""
-    try:
-        return json.loads((run / "status").read_bytes())["status"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    from pivot.files import read_object  # here, so that the first screen needs nothing installed
+
+    return read_object(run / "status").get("status")
 
 
 def is_done(folder: Path, name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from command import OK, report  # first: it makes pivot importable
 
 from pivot.leave import leave
-from pivot.plain import plain
+from pivot.redact import tell
 
 if TYPE_CHECKING:
     from pivot.evaluate.evaluator import Evaluation
@@ -96,7 +96,7 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
     loaded = load_export(export, world.device)
     warning = check_positions(loaded.model.language_model.config, max_tokens + max_new_tokens)
     for line in (*loaded.processor.notes, *([f"positions  {warning}"] if warning else ())):
-        _say(line)
+        tell(line)
     found = open_held_out(
         options.data,
         loaded.processor,
@@ -106,7 +106,7 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
         num_samples=options.num_samples or settings.num_samples,
         max_tokens=max_tokens,
         max_tokens_per_micro_batch=budget,
-        say=_say,
+        say=tell,
     )
     return evaluate(
         found,
@@ -161,11 +161,7 @@ def _print(evaluations: dict[str, Evaluation], differences: dict[str, dict[str, 
     num_samples, num_questions = (some.metrics.get(f"eval/num_{name}", 0) for name in ("samples", "questions"))
     counts = f"{num_samples:.0f} samples, {num_questions:.0f} questions"
     reasons = "".join(f"; no {metric}: {reason}" for metric, reason in some.skipped.items())
-    _say(counts + reasons)
-
-
-def _say(text: str) -> None:
-    print(plain(text), flush=True)
+    tell(counts + reasons)
 
 
 def _share(interval: Interval | None) -> str:

@@ -30,8 +30,7 @@ import torch.distributed as dist
 from pivot import distributed
 from pivot.distributed import World
 from pivot.files import read_object, write_atomically
-from pivot.plain import plain
-from pivot.redact import redact
+from pivot.redact import tell
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -99,10 +98,8 @@ def save(
                 extra(partial)
     except BaseException:
         free = shutil.disk_usage(checkpoints).free / 2**30
-        print(plain(redact(traceback.format_exc())), file=sys.stderr)
-        problem = f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)"
-        print(plain(problem), file=sys.stderr)
-        sys.stderr.flush()
+        tell(traceback.format_exc(), to=sys.stderr)
+        tell(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", to=sys.stderr)
         os._exit(1)
     dist.barrier()
     files = _hash_shared(partial, world)

@@ -40,8 +40,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, objective:
 
 
 def load_saved(path: str | Path) -> Config:
-    """A run's own config.yaml. What refers to a variable that is not set here stays that text, so that a run can be
-    looked at on any machine."""
+    """The config.yaml of a run that goes on, resolved as its YAML is; a variable that is not set stays as written."""
     layer, kept = _load_yaml(path), {}
     for place, text in _walk_layer(layer):
         literal = _VARIABLE.sub(lambda found: found[0] if found[1] in os.environ else f"\\{found[0]}", text)

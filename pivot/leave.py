@@ -3,12 +3,11 @@
 import atexit
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from pivot.workers import kill_workers
+from pivot.workers import kill_workers, running_out
 
 LIMIT_S = 30.0  # for what an end waits for: other ranks, which may be dead, and what is registered with atexit
 
@@ -31,13 +30,8 @@ def leave(code: int) -> NoReturn:
 @contextmanager
 def time_limit(code: int) -> Iterator[None]:
     """End this process with `code` when what is inside takes longer than LIMIT_S."""
-    timer = threading.Timer(LIMIT_S, _end_now, [code])
-    timer.daemon = True
-    timer.start()
-    try:
+    with running_out(LIMIT_S, _end_now, code):
         yield
-    finally:
-        timer.cancel()
 
 
 def _end_now(code: int) -> None:

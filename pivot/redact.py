@@ -10,7 +10,7 @@ Whatever prints for a reader or writes into a run's folder passes its text throu
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TextIO
 
 from pivot.plain import plain
 
@@ -95,6 +95,6 @@ def is_redacted(text: str) -> bool:
     return MARK in text
 
 
-def tell(text: str) -> None:
-    """Print a line for the reader at the terminal, without secrets and with control characters written out."""
-    print(plain(redact(text)), flush=True)
+def tell(text: str, *, to: TextIO | None = None) -> None:
+    """Print a line for the reader, without secrets and with control characters written out; to stdout by default."""
+    print(plain(redact(text)), file=to, flush=True)

@@ -226,7 +226,7 @@ def _stock_ids(stock: Any, messages: list[dict[str, Any]], template: str | None,
 
 
 def _describe_ids(ours: list[int], theirs: list[int], processor: Processor, with_image: bool) -> str:
-    pairs = list(zip(ours, theirs, strict=False))
+    pairs = list(zip(ours, theirs, strict=False))  # one may be the beginning of the other
     place = next((i for i, (our, their) in enumerate(pairs) if our != their), len(pairs))
     our, their = (processor.tokenizer.decode(ids[place : place + 8]) for ids in (ours, theirs))
     sample = "with an image" if with_image else "of text alone"

@@ -143,7 +143,14 @@ def _is_connection(descriptor: int) -> bool:
 @contextmanager
 def ending(workers: Sequence[BaseProcess]) -> Iterator[None]:
     """Inside, `workers` are told to end; whoever lives after END_WITHIN_S is killed meanwhile."""
-    timer = threading.Timer(END_WITHIN_S, _kill, [workers])
+    with running_out(END_WITHIN_S, _kill, workers):
+        yield
+
+
+@contextmanager
+def running_out(limit_s: float, then: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Call `then` from another thread when what is inside takes longer than `limit_s`; it goes on meanwhile."""
+    timer = threading.Timer(limit_s, then, arguments)
     timer.daemon = True
     timer.start()
     try:
