@@ -44,9 +44,9 @@ from pivot.data.loader import Loader, MicroBatches
 from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet
-from pivot.files import write_json
 from pivot.geometry import EncoderFacts
 from pivot.processor import Processor
+from pivot.system.files import write_json
 
 WIDTH, HEIGHT, SIZE, PATCH = 640, 480, 384, 16
 NUM_SAMPLES = 64

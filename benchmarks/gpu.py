@@ -31,9 +31,9 @@ from dpo_step import Bench, machine, versions
 from measure import synchronise
 from table import show
 
-from pivot.batch import Segments
-from pivot.flops import measure_matmul_tflops
 from pivot.models.attention import BACKENDS, choose_attention
+from pivot.startup.flops import measure_matmul_tflops
+from pivot.trees import Segments
 
 HERE = Path(__file__).resolve().parent
 # Losses of ten steps, setting against setting: the same sums in another order.

@@ -19,15 +19,15 @@ from measure import Clock, Memory
 from torch import Tensor
 from unsave import encode_each_time, score_everything, unroll
 
-from pivot import distributed
 from pivot.batch import PackedBatch
 from pivot.config import COMPONENTS, REPOSITORY, Config
 from pivot.config_load import load_config
-from pivot.inputs import open_inputs
-from pivot.leave import leave
 from pivot.metrics import Timer
 from pivot.models.mllm import MLLM
-from pivot.run import RunFolder
+from pivot.run.folder import RunFolder
+from pivot.startup.inputs import open_inputs
+from pivot.system import distributed
+from pivot.system.process import leave
 from pivot.train import Trainer
 
 Change = Callable[[PackedBatch], PackedBatch]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from cases import SHAPES, Shape, write_case
 
-from pivot.ports import free_port
+from pivot.system.process import free_port
 
 HERE = Path(__file__).resolve().parent
 SIZES = (8, 64, 512)

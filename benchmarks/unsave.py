@@ -10,7 +10,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from pivot.batch import PackedBatch, Segments
+from pivot.batch import PackedBatch
+from pivot.trees import Segments
 
 
 def unroll(batch: PackedBatch) -> PackedBatch:

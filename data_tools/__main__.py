@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from data_tools.arguments import whole_number
 from data_tools.console import Output
-from pivot.plain import plain
+from pivot.system.plain import plain
 
 # Each has a module in data_tools/commands: add_arguments(parser) and run(options, output) -> exit code.
 COMMANDS = {

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from pivot.plain import plain, plain_json
+from pivot.system.plain import plain, plain_json
 
 REPORT_EVERY_S = 10.0  # where no terminal can rewrite a line
 REWRITE_EVERY_S = 0.5

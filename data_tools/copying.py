@@ -24,7 +24,7 @@ from data_tools.writer import ShardWriter
 from pivot.data.manifest import SHARD_NAME, Shard
 from pivot.data.samples import sample_shape
 from pivot.data.shards import ShardSet, walk_members
-from pivot.workers import worker_pool
+from pivot.system.workers import worker_pool
 
 COPY_VERSION = 2  # raise it when the same choice would give other bytes
 SAMPLES_PER_SHARD, BYTES_PER_SHARD = 2000, 256 << 20

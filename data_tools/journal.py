@@ -17,8 +17,8 @@ from typing import Any
 
 from pivot.data.index import BYTES_PER_RECORD
 from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
-from pivot.files import write_json
-from pivot.lock import FileLock, Held
+from pivot.system.files import write_json
+from pivot.system.lock import FileLock, Held
 
 # What write_json leaves when it is killed. It is nobody's: who else would finish it does not hold our lock.
 LEFTOVER = re.compile(r"(pack|manifest|stats)\.json\.\d+\.part")

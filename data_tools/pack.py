@@ -30,8 +30,8 @@ from data_tools.readers.messages import IMAGE_PLACEHOLDER
 from data_tools.records import Drop, Record, shown
 from pivot.data.index import INDEX_RECORD, key_hash
 from pivot.data.manifest import SHARD_NAME, Shard
-from pivot.files import write_json
-from pivot.workers import worker_pool
+from pivot.system.files import write_json
+from pivot.system.workers import worker_pool
 
 TOOL_VERSION = 4  # raise it when the same input would give other bytes: an unfinished pack must then start afresh
 CHUNK = 16  # records per message to a worker

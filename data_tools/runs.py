@@ -33,8 +33,8 @@ class RunData:
         """The plan of the run on so many ranks."""
         import torch
 
-        from pivot.distributed import World
-        from pivot.inputs import build_plan
+        from pivot.startup.inputs import build_plan
+        from pivot.system.distributed import World
 
         world = World(rank=0, size=world_size, device=torch.device("cpu"))
         return build_plan(self.config, self.shards, self.processor, self.cache_dir, world, **changes)
@@ -52,9 +52,9 @@ def read_overrides(options: argparse.Namespace) -> list[str]:
 def open_run(config: Path, overrides: list[str]) -> RunData:
     """Open the data that a run would train on; of a remote set the index is fetched."""
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets; stdout is for the result
-        from pivot.inputs import open_data, settle_cache_dir
         from pivot.models.build import settle_sources
         from pivot.processor import build_processor
+        from pivot.startup.inputs import open_data, settle_cache_dir
 
     loaded = load_config(config, overrides)
     processor = build_processor(settle_sources(loaded).model, loaded.data)

@@ -18,7 +18,7 @@ from data_tools.convert import Packed
 from pivot.data.index import INDEX_RECORD, key_hash
 from pivot.data.manifest import Shard
 from pivot.data.samples import message_text
-from pivot.files import sync_folder, write_atomically
+from pivot.system.files import sync_folder, write_atomically
 
 U16, U32 = 2**16 - 1, 2**32 - 1
 

@@ -55,7 +55,7 @@ def main(objective: str, arguments: list[str], *, script: str | None = None) -> 
 
 
 def _run(task: Callable[[Config, bool], int], config: Config, check_only: bool) -> int:
-    from pivot import distributed
+    from pivot.system import distributed
 
     try:
         code = task(config, check_only)
@@ -74,7 +74,7 @@ def _train(config: Config, check_only: bool) -> int:
 
 
 def _make_references(config: Config, check_only: bool) -> int:
-    from pivot.scoring import make_references
+    from pivot.startup.references import make_references
 
     make_references(config, check_only=check_only)
     return OK
@@ -82,7 +82,7 @@ def _make_references(config: Config, check_only: bool) -> int:
 
 def report(error: Exception) -> int:
     """Print `error`, as one sentence where it is our own word to the user and with its traceback elsewhere."""
-    from pivot.sentences import in_our_words
+    from pivot.system.sentences import in_our_words
 
     rank = os.environ.get("RANK", "0")
     if in_our_words(error):
@@ -92,7 +92,7 @@ def report(error: Exception) -> int:
         where = error.filename or "output_dir or data.cache_dir"
         _print_error(f"error: {where}: {error.strerror}; free some, the same command goes on")
         return FAILED
-    from pivot.distributed import FailedElsewhere
+    from pivot.system.distributed import FailedElsewhere
 
     if isinstance(error, FailedElsewhere) or "Connection closed by peer" in str(error):  # a rank that tells the whole
         _print_error(f"[rank {rank}] {error}")
@@ -102,6 +102,6 @@ def report(error: Exception) -> int:
 
 
 def _print_error(text: str) -> None:
-    from pivot.redact import tell
+    from pivot.system.redact import tell
 
     tell(text, to=sys.stderr)

@@ -65,7 +65,7 @@ def start(goal: str, folder: Path) -> int:
 
 def stage(name: str, folder: Path, overrides: list[str]) -> int:
     """Run the stage under the deepspeed launcher; the exit code is 0 only when it came to its end."""
-    from pivot.ports import free_port  # here, so that the first screen needs nothing installed
+    from pivot.system.process import free_port  # here, so that the first screen needs nothing installed
 
     script, text, minutes = STAGES[name]
     print(f"\n== {name}: {text} (about {minutes:g} min)", flush=True)
@@ -129,7 +129,7 @@ def _settings(name: str, folder: Path) -> list[str]:
 
 def _read_status(run: Path) -> str | None:
     """What the run says of itself; None where it says nothing, or where a crash damaged it."""
-    from pivot.files import read_object  # here, so that the first screen needs nothing installed
+    from pivot.system.files import read_object  # here, so that the first screen needs nothing installed
 
     return read_object(run / "status").get("status")
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from command import OK, report  # first: it makes pivot importable
 
-from pivot.leave import leave
-from pivot.redact import tell
+from pivot.system.process import leave
+from pivot.system.redact import tell
 
 if TYPE_CHECKING:
     from pivot.evaluate.evaluator import Evaluation
@@ -46,8 +46,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def held_out(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate every model of `options`, print the tables, and give what --json writes."""
-    from pivot import distributed
     from pivot.evaluate.load import find_export
+    from pivot.system import distributed
 
     found = {name: find_export(folder) for name, folder in options.models.items()}
     config = next((run for _, run in found.values() if run is not None), None)

@@ -8,7 +8,7 @@ import sys
 
 from command import main  # first: it makes pivot importable
 
-from pivot.leave import leave
+from pivot.system.process import leave
 
 if __name__ == "__main__":
     leave(main("dpo", sys.argv[1:], script="reference"))

@@ -4,7 +4,7 @@ import sys
 
 from command import main  # first: it makes pivot importable
 
-from pivot.leave import leave
+from pivot.system.process import leave
 
 if __name__ == "__main__":
     leave(main("sft", sys.argv[1:]))

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pivot.config import OBJECTIVES, CompareConfig, Config, ConfigError, DPOConfig, SFTConfig
 from pivot.config_check import check_config
-from pivot.redact import MARK, is_redacted, is_secret_name, redact_setting, redact_values, remember
+from pivot.system.redact import MARK, is_redacted, is_secret_name, redact_setting, redact_values, remember
 
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}]+?)\s*\}")  # one without a default
 _ANY_VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}]+?)\s*[,}]")

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pivot.config import COMPONENTS, ConfigError, OptimConfig
-from pivot.distributed import World, any_rank
-from pivot.memory import MASTER, MOMENTS
 from pivot.meter import ComponentMeter
+from pivot.startup.memory import MASTER, MOMENTS
+from pivot.system.distributed import World, any_rank
 
 ONE_SUB_GROUP = 10**12  # ZeRO-3 steps a component in one piece, so that its norms are those of the whole component
 NEVER = 10**12
@@ -354,3 +354,21 @@ def _build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, config: d
     # Fused on every device: one pass over weights, gradients and moments (on the CPU a third of the time). The weights
     # may still lie on the CPU here, DeepSpeed moves them.
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def learning_rate_factor(step: int, floor: float, *, total_steps: int, warmup_ratio: float, schedule: str) -> float:
+    """The factor on the peak rate at optimizer step `step` (from 0): a linear warm-up, then down to `floor`.
+
+    The warm-up takes ceil(warmup_ratio * total_steps) steps and its first step is not zero: no step is wasted.
+    """
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "cosine":
+        decay = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))  # arxiv.org/abs/1608.03983, eq. 5
+    elif schedule == "linear":
+        decay = 1.0 - min(1.0, progress)
+    else:
+        decay = 1.0
+    return floor + (1.0 - floor) * decay

@@ -6,18 +6,16 @@ this size) and model (which turns them into this many features) cannot disagree.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file
 
 from pivot.config import VisionTowerConfig
+from pivot.pretrained import read_config, read_json
 
 OPEN_CLIP = "open_clip:"
 # HF model_type -> (has a CLS token, default mean, default std)
@@ -104,49 +102,6 @@ def _triple(values: Any) -> Triple:
     return red, green, blue
 
 
-def read_config(path: str, key: str) -> PretrainedConfig:
-    """The transformers configuration of a folder, hub id or JSON file; `key` names the setting in errors.
-
-    It says what the network is. Keys that would say how it is run are ours to choose, so they are put back to what
-    we choose; a checkpoint whose weights are not plain numbers of this network is refused.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever the class of any configuration may raise
-        raise ValueError(
-            f"{key}: no configuration that transformers knows at '{path}' (remote code is never run): {error}"
-        ) from error
-    if find_file(path, "adapter_config.json"):
-        raise ValueError(
-            f"{key}: '{path}' holds an adapter (adapter_config.json), not the weights of a whole model; merge it into "
-            "its base model and give the folder of the result"
-        )
-    for part in (config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))):
-        _choose_how_it_runs(part, f"{key}: '{path}'")
-    return config
-
-
-def _choose_how_it_runs(config: Any, where: str) -> None:
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "an unknown method")
-        raise ValueError(f"{where} has weights that were quantised ({method}); give the folder of the plain weights")
-    if config.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        config.dtype = None
-    # The name of a repository here would make transformers fetch a kernel and run it.
-    config._attn_implementation = "sdpa"
-    config._experts_implementation = None
-    config.return_dict = True
-    config.output_attentions = config.output_hidden_states = False
-    if hasattr(config, "gradient_checkpointing"):  # transformers would switch it on whatever the run says
-        del config.gradient_checkpointing
-
-
-def read_text_config(path: str) -> PretrainedConfig:
-    """The configuration of a language model, alone or in an HF LLaVA."""
-    config = read_config(path, "model.language_model.path")
-    return getattr(config, "text_config", config)
-
-
 def read_vision_config(path: str) -> PretrainedConfig:
     """The vision configuration of an encoder, of a whole CLIP or SigLIP, or of an HF LLaVA."""
     config = read_config(path, "model.vision_tower.path")
@@ -167,25 +122,6 @@ def read_image_settings(path: str) -> dict[str, Any]:
         if "image_mean" in settings or "image_processor_type" in settings:
             return settings
     return {}
-
-
-def find_file(path: str, name: str) -> Path | None:
-    """A file of a folder or hub id, None where there is none (offline a hub cache may not know whether there is)."""
-    if Path(path).is_file():  # a bare configuration: what lies beside it may be another model's
-        return None
-    found = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-    return Path(found) if found else None
-
-
-def read_json(path: str, name: str) -> dict[str, Any]:
-    """A JSON file of a folder or hub id, {} where there is none."""
-    file = find_file(path, name)
-    try:
-        return json.loads(file.read_text("utf-8")) if file else {}
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
 
 
 def split_open_clip(path: str) -> tuple[str, str | None]:
@@ -233,7 +169,6 @@ def _describe_open_clip(section: VisionTowerConfig) -> EncoderFacts:
 def _describe_timm(name: str) -> tuple[int, int, int]:
     """Patch size, number of prefix tokens and blocks of a timm ViT, from a build without memory."""
     import timm
-    import torch
     from timm.models import VisionTransformer
 
     with torch.device("meta"):

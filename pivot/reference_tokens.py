@@ -14,7 +14,7 @@ import numpy as np
 
 from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
 from pivot.data.shards import ShardSet
-from pivot.files import write_array
+from pivot.system.files import write_array
 
 PLACES = {CHOSEN: 0, REJECTED: 1}
 

@@ -16,30 +16,32 @@ import torch
 from torch import Tensor
 
 import pivot
-from pivot import checkpoint, distributed
 from pivot.batch import PackedBatch
 from pivot.config import Config, ConfigError
-from pivot.costs import Clock, Spent, compare, describe
 from pivot.data.loader import Loader
 from pivot.data.plan import Plan, StepPlan
-from pivot.distributed import StopSignal, World
-from pivot.engine import Engine, gathered, sharded_loading
+from pivot.engine import Engine, gathered, learning_rate_factor, sharded_loading
 from pivot.evaluate import evaluator, outcomes
-from pivot.facts import start_facts
-from pivot.flops import build_counter, measure_matmul_tflops
-from pivot.inputs import Inputs, Say, first_screen, open_inputs, open_loader
-from pivot.metrics import RunLog, StepMetrics, Timer, peak_memory_gib, send
+from pivot.metrics import StepMetrics, Timer, peak_memory_gib, send
 from pivot.models.build import Sources, build_mllm
 from pivot.models.mllm import MLLM
 from pivot.models.parts import write_model
-from pivot.redact import tell
 from pivot.report import write_report
-from pivot.run import DONE, FAILED, PREEMPTED, RunFolder, require_own_checkpoint, settings_digests
-from pivot.schedule import learning_rate_factor
-from pivot.scoring import open_references
-from pivot.selfcheck import REPACKED_PAIRS, GradientWatch, margin_tolerance, require_zero_margins, start_margins
+from pivot.run import checkpoint
+from pivot.run.folder import DONE, FAILED, PREEMPTED, RunFolder, require_own_checkpoint, settings_digests
+from pivot.run.log import RunLog
+from pivot.run.profile import Tracer
+from pivot.run.spent import Clock, Spent, compare, describe
+from pivot.startup.facts import start_facts
+from pivot.startup.flops import build_counter, measure_matmul_tflops
+from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
+from pivot.startup.references import open_references
+from pivot.startup.screen import first_screen
+from pivot.startup.selfcheck import REPACKED_PAIRS, GradientWatch, margin_tolerance, require_zero_margins, start_margins
 from pivot.step import run_micro_batch
-from pivot.trace import Tracer
+from pivot.system import distributed
+from pivot.system.distributed import StopSignal, World
+from pivot.system.redact import tell
 
 MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pivot.batch import Reading, Segments
-from tests.trees import TREES, build_batch, random_segments
+from pivot.trees import Reading, Segments
+from tests.kit.trees import TREES, build_batch, random_segments
 
 
 def test_a_pair() -> None:

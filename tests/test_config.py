@@ -11,8 +11,8 @@ import pytest
 from pivot.config import Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig
 from pivot.config_check import check_config, read_deepspeed_json
 from pivot.config_load import load_config, load_saved, read_settings, to_yaml
-from pivot.redact import redact
-from pivot.run import flatten
+from pivot.run.folder import flatten
+from pivot.system.redact import redact
 
 YAML = """
 output_dir: runs/x

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pivot import distributed, inputs, memory
-from pivot.distributed import World
 from pivot.metrics import peak_memory_gib
+from pivot.startup import inputs, memory
+from pivot.system import distributed
+from pivot.system.distributed import World
 
 GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
 

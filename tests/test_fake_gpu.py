@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pivot.batch import PackedBatch
+from pivot.batch import PackedBatch, StepCounts
 from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig, VisionTowerConfig
-from pivot.counts import StepCounts
-from pivot.distributed import World
 from pivot.evaluate.generation import _decode, _embed, _left_pad, stock_attention
 from pivot.evaluate.pairs import Terms
 from pivot.meter import ComponentMeter
@@ -23,13 +21,14 @@ from pivot.models.attention import varlen as varlen_module
 from pivot.models.mllm import MLLM
 from pivot.models.vision import build_vision_tower
 from pivot.objectives import build_objective
-from pivot.selfcheck import start_margins
+from pivot.startup.selfcheck import start_margins
 from pivot.step import run_micro_batch
-from tests.fake_gpu import GPU, fake_gpu, forbid_waits
-from tests.ranks.scenarios import build_plain, merge, pair
-from tests.syncs import Synchronised
-from tests.tiny import random_images, tiny_llava, tiny_open_clip
-from tests.trees import TREES, build_batch, random_segments
+from pivot.system.distributed import World
+from tests.kit.fake_gpu import GPU, fake_gpu, forbid_waits
+from tests.kit.ranks.scenarios import build_plain, merge, pair
+from tests.kit.syncs import Synchronised
+from tests.kit.tiny import random_images, tiny_llava, tiny_open_clip
+from tests.kit.trees import TREES, build_batch, random_segments
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # recompute's: all zero
 
@@ -47,7 +46,7 @@ RUNS = [
     ("siglip + qwen3", torch.float32, "sdpa", "full"),
     ("clip + llama", torch.bfloat16, "torch_varlen", "selective"),
 ]
-TEXT_ROWS = ("two sequences", "group of four", "image tree")  # of tests.trees: depth one to three
+TEXT_ROWS = ("two sequences", "group of four", "image tree")  # of tests.kit.trees: depth one to three
 OBJECTIVES = {
     "sigmoid": ObjectiveConfig(dpo=DPOConfig()),
     "mpo": ObjectiveConfig(dpo=DPOConfig(loss={"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, bco_shift="running_mean")),

@@ -22,10 +22,10 @@ from pivot.models.language import check_positions
 from pivot.models.parts import write_model
 from pivot.models.skeleton import build_skeleton
 from pivot.processor import build_processor
-from tests import tiny
-from tests.evaluate.sets import make_answered_set
-from tests.evaluate.test_runs import ROOT, rank_free_environment
-from tests.models.test_parts import build, config_of
+from tests.kit import tiny
+from tests.kit.answered import make_answered_set
+from tests.kit.commands import ROOT, rank_free_environment
+from tests.kit.parts import build, config_of
 
 RUN = (
     "output_dir: o\ninit_from: i\ndata: {train: %s}\nobjective: {dpo: {}}\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pivot.metrics import RunLog
+from pivot.run.log import RunLog
 
 START = {"event": "start", "step": 0}
 

@@ -15,8 +15,8 @@ from pivot.evaluate.outcomes import SampleAnswer
 from pivot.report import write_report
 from pivot.report.charts import Chart, Series, format_number, nice_ticks, running_mean
 from pivot.report.read import find_previous, read_run
-from tests.data.fakes import make_set
-from tests.runs import make_run
+from tests.kit.runs import make_run
+from tests.kit.sets import make_set
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 6 }}\"'&"

@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from pivot.batch import PackedBatch
+from pivot.batch import PackedBatch, StepCounts
 from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig
-from pivot.counts import StepCounts
-from pivot.distributed import World
 from pivot.metrics import StepMetrics
 from pivot.models.mllm import MLLM
 from pivot.objectives import Outcome, build_objective
 from pivot.step import run_micro_batch
-from tests.ranks.scenarios import build_plain, merge, pair
-from tests.syncs import Synchronised, forbid_syncs
-from tests.tiny import tiny_llava
+from pivot.system.distributed import World
+from tests.kit.ranks.scenarios import build_plain, merge, pair
+from tests.kit.syncs import Synchronised, forbid_syncs
+from tests.kit.tiny import tiny_llava
 
 WORLD = World(0, 1, torch.device("cpu"))
 COUNTS = StepCounts(pair=4, chosen_token=20, target_token=40)

@@ -9,7 +9,7 @@ from data_tools.console import Output
 from data_tools.copying import open_sets
 from pivot.data.exclude import EXCLUDE_FORMAT
 from pivot.data.shards import ShardSet
-from pivot.files import write_json
+from pivot.system.files import write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from data_tools.copying import open_sets
 from data_tools.preview import choose, read_shown, to_html
 from data_tools.sheet import draw_sheet
 from data_tools.where import HELP, parse_where
-from pivot.files import write_atomically
+from pivot.system.files import write_atomically
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

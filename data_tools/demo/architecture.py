@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from data_tools.demo.questions import CAPTION_REQUEST, NOTHING, OPPOSITES
 from data_tools.demo.scenes import ALL_POSITIONS, COLOURS, SHAPES, SIZES, TEXTURES
-from pivot.files import write_json
+from pivot.system.files import write_json
 
 IMAGE_SIZE, PATCH_SIZE = 72, 12  # two by two patches in each cell of the grid
 WIDTH, NUM_LAYERS, NUM_HEADS = 128, 3, 4

@@ -34,8 +34,8 @@ from data_tools.demo.sheet import draw_sheet
 from data_tools.writer import ShardWriter
 from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.data.samples import SAMPLE_VERSION, check_sample, dump_sample
-from pivot.files import write_json
-from pivot.workers import worker_pool
+from pivot.system.files import write_json
+from pivot.system.workers import worker_pool
 
 WORLD_VERSION = 1  # raise it when the same options would give other bytes
 SCENES_PER_BLOCK = 500  # a block is what one worker makes: one shard of each set

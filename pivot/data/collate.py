@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import DUMMY_SAMPLE, PackedBatch, Segments
+from pivot.batch import DUMMY_SAMPLE, PackedBatch
 from pivot.data.lengths import image_prefix
+from pivot.trees import Segments
 
 if TYPE_CHECKING:
     from pivot.processor import EncodedPair, ImageGeometry

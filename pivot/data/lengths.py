@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pivot.batch import CHOSEN, REJECTED
-from pivot.conversation import ChangedAnswer
 from pivot.data.manifest import Shard
 from pivot.data.order import mix64
 from pivot.data.samples import ROLES_OF_KIND, completions_of
 from pivot.data.shards import ShardSet
-from pivot.files import write_array
-from pivot.workers import worker_pool
+from pivot.processor.conversation import ChangedAnswer
+from pivot.system.files import write_array
+from pivot.system.workers import worker_pool
 
 if TYPE_CHECKING:
     from pivot.processor import Processor

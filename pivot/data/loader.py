@@ -28,8 +28,8 @@ from pivot.data.images import ImageError, load_image
 from pivot.data.plan import Plan, StepPlan
 from pivot.data.samples import completions_of
 from pivot.data.shards import DamagedSample, ShardSet
-from pivot.sentences import in_our_words
-from pivot.workers import be_worker_of, ending
+from pivot.system.sentences import in_our_words
+from pivot.system.workers import be_worker_of, ending
 
 if TYPE_CHECKING:
     from torch import Tensor

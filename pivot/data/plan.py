@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pivot.batch import REJECTED
-from pivot.counts import StepCounts
+from pivot.batch import REJECTED, StepCounts
 from pivot.data.dealing import cut, deal
 from pivot.data.lengths import Lengths
 from pivot.data.order import ORDER_VERSION, EpochOrder, MixtureOrder, Source
@@ -116,6 +115,11 @@ class Plan:
     def fingerprint(self) -> str:
         """Covers all that decides the order; not the world size, the budget or the workers."""
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_with_images(self) -> int:
+        """How many of the samples that the plan keeps show an image."""
+        return int((self.lengths.image[self.kept] > 0).sum())
 
     @property
     def steps_per_epoch(self) -> float:

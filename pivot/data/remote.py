@@ -26,8 +26,8 @@ from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from pivot.data.web import STALL_S, StatusError, open_web
-from pivot.lock import FileLock
-from pivot.plain import plain
+from pivot.system.lock import FileLock
+from pivot.system.plain import plain
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pivot.batch import PackedBatch
 from pivot.data.loader import Loader
-from pivot.distributed import World
 from pivot.evaluate import intervals
 from pivot.evaluate.answers import is_right
 from pivot.evaluate.held_out import HeldOut, group_array
@@ -28,10 +27,11 @@ from pivot.evaluate.pairs import preferred, preferred_per_token, score_pairs
 from pivot.evaluate.vqa import answer_questions
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor
+from pivot.system.distributed import World
 
 if TYPE_CHECKING:
+    from pivot.data.reference_cache import ReferenceCache
     from pivot.objectives import Objective
-    from pivot.reference import ReferenceCache
 
 
 @dataclass(frozen=True)

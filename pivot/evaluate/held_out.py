@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pivot import distributed
 from pivot.batch import CHOSEN, REJECTED
 from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.plan import Plan
 from pivot.data.remote import ShardCache
 from pivot.data.samples import Sample, message_text
 from pivot.data.shards import ShardSet
-from pivot.distributed import World
 from pivot.evaluate.answers import accepted_answers, normalise_answer
 from pivot.processor import Processor
+from pivot.system import distributed
+from pivot.system.distributed import World
 
 ORDER_SEED = 0  # not the run's: every run and every model sees the same samples
 STEP_PAIRS = 256  # a step of the plan; only how the work is cut

@@ -12,10 +12,11 @@ from transformers import LlavaConfig
 
 from pivot.config import Config, DataConfig, ModelConfig
 from pivot.config_load import read_settings
-from pivot.geometry import describe_vision_tower, read_config
+from pivot.geometry import describe_vision_tower
 from pivot.models.build import build_mllm, settle_sources
 from pivot.models.mllm import MLLM
 from pivot.models.parts import PARTS, is_parts, recorded_dtype, recorded_model
+from pivot.pretrained import read_config
 from pivot.processor import Processor, build_processor
 
 

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot import distributed
-from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
-from pivot.counts import StepCounts
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch, StepCounts
 from pivot.data.loader import Loader
-from pivot.distributed import World
+from pivot.system import distributed
+from pivot.system.distributed import World
 
 if TYPE_CHECKING:
+    from pivot.data.reference_cache import ReferenceCache
     from pivot.objectives import Objective, Outcome
-    from pivot.reference import ReferenceCache
 
 PAIR_RECORD = np.dtype(
     [

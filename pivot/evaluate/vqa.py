@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot import distributed
 from pivot.data.images import ImageError, load_image
 from pivot.data.shards import DamagedSample
-from pivot.distributed import World
 from pivot.evaluate.generation import generate, stock_attention
 from pivot.evaluate.held_out import HeldOut, Question
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor
+from pivot.system import distributed
+from pivot.system.distributed import World
 
 MAX_BATCH = 128  # prompts; what bounds it for real models is the token budget
 

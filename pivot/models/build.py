@@ -15,13 +15,14 @@ import transformers
 from torch import nn
 
 from pivot.config import COMPONENTS, Config, ModelConfig
-from pivot.geometry import OPEN_CLIP, read_config, read_text_config, read_vision_config
+from pivot.geometry import OPEN_CLIP, read_vision_config
 from pivot.models.convert import is_llava, load_llava, require_same_features
 from pivot.models.language import build_language_model, fit_vocabulary
 from pivot.models.mllm import MLLM
 from pivot.models.parts import is_parts, load_projector, part_paths, require_agreement
 from pivot.models.projector import Projector
 from pivot.models.vision import build_vision_tower
+from pivot.pretrained import read_config, read_text_config
 from pivot.processor import Processor
 
 # Two configurations describe the same network when these agree.

@@ -27,16 +27,8 @@ from transformers import (
 )
 
 from pivot.config import COMPONENTS, ModelConfig, VisionTowerConfig
-from pivot.geometry import (
-    OPEN_CLIP,
-    ImageGeometry,
-    describe_vision_tower,
-    read_config,
-    read_vision_config,
-    split_open_clip,
-)
+from pivot.geometry import OPEN_CLIP, ImageGeometry, describe_vision_tower, read_vision_config, split_open_clip
 from pivot.models.language import check_text_config
-from pivot.models.loading import Gather, load_strictly
 from pivot.models.projector import Projector
 from pivot.models.vision import (
     MODEL_CLASSES,
@@ -45,6 +37,7 @@ from pivot.models.vision import (
     load_open_clip,
     wrap_encoder,
 )
+from pivot.pretrained import Gather, load_strictly, read_config
 from pivot.processor import Processor
 
 # our prefix -> the prefix in a LlavaForConditionalGeneration; the first that matches counts

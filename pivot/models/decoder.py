@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pivot.batch import Reading, Segments
 from pivot.models.pointwise import rms_norm, rotate, swiglu
 from pivot.models.recompute import cheap
+from pivot.trees import Reading, Segments
 
 # Families whose block is: norm, attention with rotary embeddings, add, norm, MLP, add. Others run as they come.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from pivot.geometry import read_config
-from pivot.models.loading import build_random, load_strictly
+from pivot.pretrained import build_random, load_strictly, read_config
 
 KEY = "model.language_model.path"
 # Dense decoders with rotary positions whose packed rows were held against stock transformers, sequence by sequence.

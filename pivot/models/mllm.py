@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pivot.batch import PackedBatch
-from pivot.logprobs import LMHead
 from pivot.models.attention import registered_name
 from pivot.models.decoder import reads_at_targets, streamline
+from pivot.models.head import LMHead
 from pivot.models.projector import Projector
 from pivot.models.recompute import recompute_cheap_modules, recomputing
 from pivot.models.renamed import recompute_blocks

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pivot.config import ModelConfig, VisionTowerConfig
-from pivot.files import read_object
 from pivot.geometry import OPEN_CLIP
 from pivot.models.convert import save_language_model, to_llava_config, write_llava, write_vision_tower
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.processor import Processor
+from pivot.system.files import read_object
 
 PARTS, PROJECTOR = "parts.json", "projector.safetensors"
 

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pivot.config import ModelConfig
-from pivot.geometry import OPEN_CLIP, describe_vision_tower, read_config, read_vision_config
+from pivot.geometry import OPEN_CLIP, describe_vision_tower, read_vision_config
 from pivot.models.language import check_text_config, padded_vocabulary
 from pivot.models.projector import Projector
 from pivot.models.vision import MODEL_CLASSES, VisionTower, load_open_clip, wrap_encoder
+from pivot.pretrained import read_config
 
 
 @dataclass(frozen=True)

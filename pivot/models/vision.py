@@ -20,12 +20,11 @@ from pivot.geometry import (
     EncoderFacts,
     describe_vision_tower,
     num_blocks_run,
-    read_config,
     read_vision_config,
     split_open_clip,
 )
-from pivot.models.loading import Gather, build_random, load_strictly
 from pivot.models.renamed import recompute_blocks
+from pivot.pretrained import Gather, build_random, load_strictly, read_config
 
 __all__ = ["VisionTower", "build_vision_tower", "describe_vision_tower", "wrap_encoder"]
 

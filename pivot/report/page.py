@@ -19,15 +19,15 @@ from PIL import Image
 
 from pivot.config import COMPONENTS
 from pivot.config_load import to_yaml
-from pivot.costs import describe
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval
 from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, compare, read_outcomes
-from pivot.files import write_atomically
-from pivot.redact import redact
 from pivot.report.charts import Chart, Series, format_number, interval_bar
 from pivot.report.read import Row, Run, find_previous, read_run
+from pivot.run.spent import describe
+from pivot.system.files import write_atomically
+from pivot.system.redact import redact
 
 MAX_SHOWN = 12  # sample scenes at once; the others fold away
 THUMBNAIL = 320  # pixels

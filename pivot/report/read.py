@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pivot.config import Config
 from pivot.config_load import read_settings
-from pivot.files import read_object
 from pivot.report.rows import Row, is_log_row, is_sample, read_rows
+from pivot.system.files import read_object
 
 
 @dataclass(frozen=True)

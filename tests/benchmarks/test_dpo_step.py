@@ -14,9 +14,9 @@ import torch
 
 from pivot.batch import PackedBatch
 from pivot.config import REPOSITORY
-from tests.ranks.scenarios import IMAGE_TOKENS, build_plain, merge, pair
-from tests.tiny import tiny_llava
-from tests.trees import build_batch, random_segments
+from tests.kit.ranks.scenarios import IMAGE_TOKENS, build_plain, merge, pair
+from tests.kit.tiny import tiny_llava
+from tests.kit.trees import build_batch, random_segments
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -7,7 +7,7 @@ import torch
 from pivot.batch import DUMMY_SAMPLE
 from pivot.data.collate import Example, collate
 from pivot.processor import EncodedPair
-from tests.data.fakes import GEOMETRY, IMAGE_TOKEN_ID
+from tests.kit.sets import GEOMETRY, IMAGE_TOKEN_ID
 
 ROLES = ("chosen", "rejected")
 I = IMAGE_TOKEN_ID  # noqa: E741

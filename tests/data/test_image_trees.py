@@ -9,7 +9,7 @@ from pivot.data.lengths import LENGTH_RECORD, Lengths, image_prefix
 from pivot.data.order import EpochOrder, MixtureOrder, Source
 from pivot.data.units import Costs, Work
 from pivot.processor import EncodedPair
-from tests.data.fakes import GEOMETRY, IMAGE_TOKEN_ID, plan_of
+from tests.kit.sets import GEOMETRY, IMAGE_TOKEN_ID, plan_of
 
 ROLES = ("chosen", "rejected")
 I = IMAGE_TOKEN_ID  # noqa: E741

@@ -14,21 +14,10 @@ from PIL import Image, ImageOps
 
 from pivot.data import images
 from pivot.data.images import ImageError, decode_rgb, fit_square, image_extension, load_image
-from tests.data.fakes import GEOMETRY, image_bytes
+from tests.kit.images import save, smooth
+from tests.kit.sets import GEOMETRY, image_bytes
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def save(image, format="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def smooth(width, height):
-    """A gradient, which JPEG keeps to within a few levels."""
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return np.stack([x, y, 255 - x], axis=-1).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA", "PA", "I;16"])
@@ -176,7 +165,7 @@ MEASURE = """
 import dataclasses, re, sys
 from pathlib import Path
 from pivot.data.images import ImageError, load_image
-from tests.data.fakes import GEOMETRY, image_bytes
+from tests.kit.sets import GEOMETRY, image_bytes
 def peak_kb():  # of this process alone; getrusage also knows the process that started it
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 load_image(image_bytes(1), GEOMETRY)

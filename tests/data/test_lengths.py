@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from pivot.conversation import ChangedAnswer
 from pivot.data.lengths import build_lengths, load_lengths
-from tests.data.fakes import FakeProcessor, make_plan, make_set
+from pivot.processor.conversation import ChangedAnswer
+from tests.kit.sets import FakeProcessor, make_plan, make_set
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 import torch
 
-from pivot import workers as workers_module
 from pivot.data import loader as loader_module
 from pivot.data.loader import Loader
 from pivot.data.shards import ShardSet
-from tests.data.fakes import FakeProcessor, make_plan, make_set
-from tests.data.test_shards import flip_bit
+from pivot.system import workers as workers_module
+from tests.kit.batches import assert_equal_batches, take
+from tests.kit.damage import flip_bit
+from tests.kit.sets import FakeProcessor, make_plan, make_set
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +29,8 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def take(loader, num_steps):
-    """[step][micro-batch] of a loader's first steps."""
-    steps = []
-    for _, micro_batches in loader:
-        steps.append(list(micro_batches))
-        if len(steps) == num_steps:
-            return steps
-    return steps
-
-
 def ids(steps):
     return [sorted(int(i) for batch in step for i in batch.sample_index if i >= 0) for step in steps]
-
-
-def assert_equal_batches(left, right):
-    for name, value in vars(left).items():
-        other = getattr(right, name)
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other), name
-    np.testing.assert_array_equal(left.segments.start, right.segments.start)
-    assert all(torch.equal(index, right.by_role[role]) for role, index in left.by_role.items())
 
 
 def test_workers_change_nothing(packed, cache):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pivot.data.order import BLOCK, EpochOrder, MixtureOrder, Source, _apportion
-from tests.data.fakes import plan_of, random_lengths
+from tests.kit.sets import plan_of, random_lengths
 
 
 def sources(*sizes, **amounts):

@@ -8,7 +8,7 @@ import pytest
 from pivot.data.dealing import best_fit_decreasing, cut, deal
 from pivot.data.order import EpochOrder, permutation
 from pivot.data.units import Costs
-from tests.data.fakes import plan_of, random_lengths
+from tests.kit.sets import plan_of, random_lengths
 
 
 def step_rows(step_plan):

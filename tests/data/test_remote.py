@@ -19,10 +19,10 @@ from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.loader import Loader
 from pivot.data.remote import ShardCache, is_remote, join_url, shown
 from pivot.data.shards import ShardSet
-from pivot.distributed import World
 from pivot.evaluate.held_out import open_held_out
-from tests.data.fakes import FakeProcessor, make_plan, make_set
-from tests.data.test_loader import assert_equal_batches, take
+from pivot.system.distributed import World
+from tests.kit.batches import assert_equal_batches, take
+from tests.kit.sets import FakeProcessor, make_plan, make_set
 
 URL = "memory://sets/tiny"
 

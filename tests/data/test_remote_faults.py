@@ -18,8 +18,8 @@ from pivot.data.lengths import build_lengths
 from pivot.data.loader import Loader
 from pivot.data.remote import NotThere, Refused, ShardCache, Unreachable
 from pivot.data.shards import ShardSet
-from tests.data.fakes import FakeProcessor, make_plan, make_set
-from tests.data.test_loader import take
+from tests.kit.batches import take
+from tests.kit.sets import FakeProcessor, make_plan, make_set
 
 SECRET = "?token=s3cret"
 

@@ -1,6 +1,5 @@
 """A packed set reads back as it was, opens in webdataset and tarfile unchanged, and damage has a clear error."""
 
-import hashlib
 import io
 import json
 import os
@@ -8,8 +7,6 @@ import pickle
 import shutil
 import subprocess
 import tarfile
-import zlib
-from dataclasses import asdict, replace
 
 import pytest
 import webdataset
@@ -17,9 +14,9 @@ import webdataset
 from data_tools.__main__ import main
 from data_tools.pack import PackOptions, pack
 from pivot.data import shards as shards_module
-from pivot.data.manifest import set_fingerprint
 from pivot.data.shards import BLOCK, DamagedSample, ShardSet, walk_members
-from tests.data.fakes import make_rows, make_set, mixed_rows, row_of, write_rows
+from tests.kit.damage import SMUGGLED, flip_bit, smuggle
+from tests.kit.sets import make_rows, make_set, mixed_rows, row_of, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -209,15 +206,6 @@ def test_sound_shards_open_where_others_are_missing_or_cut(folder, packed):
     assert "tiny-000003.idx holds 64 bytes, expected 64 for each of 5 samples" in problems[1]
 
 
-SMUGGLED = {
-    "pickle": "{key}.pyd",
-    "pickle of a picture": "{key}.png.pyd",
-    "another's picture": "other.png",
-    "picture elsewhere": "elsewhere/{key}.mask.png",
-    "link": "{key}.mask.png",
-}
-
-
 @pytest.mark.parametrize("what", SMUGGLED)
 def test_what_a_sample_does_not_list_is_never_read_and_never_copied(folder, packed, what):
     smuggle(folder, [7], SMUGGLED[what], tarfile.SYMTYPE if what == "link" else tarfile.REGTYPE)
@@ -265,54 +253,6 @@ def test_members_are_walked_without_tarfile():
     assert [(name, len(body)) for name, body in walk_members(buffer)] == [("a.json", 2), ("a.jpg", 513), ("a.pyd", 0)]
     with pytest.raises(ValueError, match="no tar member"):
         list(walk_members(buffer[: 3 * BLOCK]))
-
-
-def smuggle(folder, rows, name, kind=tarfile.REGTYPE):
-    """Put a tar entry behind these samples' members and make index and manifest agree with it; `name` holds {key}."""
-    opened, path, shards = ShardSet.open(folder), folder / "manifest.json", []
-    for number, shard in enumerate(opened.shards):
-        first, last = opened.first_rows[number : number + 2].tolist()
-        index, tar = opened.index[first:last].copy(), b""
-        for record, row in zip(index, range(first, last), strict=True):
-            span = opened.read_span(row)
-            if row in rows:
-                entry = tarfile.TarInfo(name.format(key=span[:BLOCK].split(b".")[0].decode()))
-                entry.type, entry.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
-                head = entry.tobuf(tarfile.USTAR_FORMAT)
-                span += move_folder(head) if "/" in entry.name else head
-            record["offset"], record["span"], record["crc32"] = len(tar), len(span), zlib.crc32(span)
-            tar += span
-        tar += bytes(2 * BLOCK)
-        opened.fetch(number).write_bytes(tar)
-        (folder / "index" / f"{shard.name}.idx").write_bytes(index.tobytes())
-        hashes = {"sha256": hashlib.sha256(tar).hexdigest(), "idx_sha256": hashlib.sha256(index.tobytes()).hexdigest()}
-        shards.append(replace(shard, bytes=len(tar), **hashes))
-    listed = {"shards": [asdict(shard) for shard in shards], "fingerprint": set_fingerprint(shards)}
-    path.write_text(json.dumps(json.loads(path.read_text()) | listed))
-
-
-def move_folder(head):
-    """The tar header with its folder in USTAR's second field for names, where it is easily overlooked."""
-    parts = tarfile.TarInfo.frombuf(head, "ascii", "strict").name.partition("/")
-    head = bytearray(
-        parts[2].encode().ljust(100, b"\0") + head[100:345] + parts[0].encode().ljust(155, b"\0") + head[500:]
-    )
-    head[148:156] = b" " * 8
-    head[148:156] = b"%06o\0 " % sum(head)
-    return bytes(head)
-
-
-def flip_bit(opened, row):
-    """Change one bit of the last byte block of a sample on the disk."""
-    shard, _ = opened.locate(row)
-    path = opened.folder / "shards" / f"{opened.shards[shard].name}.tar"
-    record = opened.index[row]
-    with path.open("r+b") as file:
-        place = int(record["offset"]) + int(record["span"]) - BLOCK
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 4]))
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ from data_tools.__main__ import main
 from data_tools.pack import PackOptions, pack
 from pivot.data.images import decode_rgb
 from pivot.data.shards import ShardSet
-from tests.data.fakes import image_bytes, make_rows, write_rows
-from tests.data.test_images import save, smooth
-from tests.data_tools.test_pack import contents
+from tests.kit.images import save, smooth
+from tests.kit.packed import contents
+from tests.kit.sets import image_bytes, make_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_tools.__main__ import COMMANDS, main
 from data_tools.console import Output, Progress, bytes_text, clock_text, count_text, progress_text
-from pivot.workers import worker_pool
+from pivot.system.workers import worker_pool
 
 
 def test_progress_says_rate_and_time_to_go(capsys):

@@ -6,7 +6,7 @@ import pytest
 
 from data_tools.convert import Packed, convert, split_prompt
 from data_tools.records import Drop, Record
-from tests.data.fakes import image_bytes
+from tests.kit.sets import image_bytes
 
 SECRET = b"secret"
 

@@ -16,10 +16,10 @@ from data_tools.pack import PackOptions, pack
 from data_tools.where import parse_where
 from data_tools.writer import ShardWriter
 from pivot.data.shards import ShardSet
-from tests.data.fakes import image_bytes, make_rows, make_set, write_rows
-from tests.data.test_shards import flip_bit, smuggle
-from tests.data_tools.test_pack import contents
-from tests.tiny import tiny_tokenizer
+from tests.kit.damage import flip_bit, smuggle
+from tests.kit.packed import contents
+from tests.kit.sets import image_bytes, make_rows, make_set, write_rows
+from tests.kit.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

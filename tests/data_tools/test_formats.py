@@ -15,7 +15,7 @@ from data_tools.readers import READERS, find_reader
 from data_tools.readers.rows import Place, read_row
 from data_tools.records import Drop
 from pivot.data.shards import ShardSet
-from tests.data.fakes import image_bytes
+from tests.kit.sets import image_bytes
 
 NAMES = ["0.png", "1.png", None, "3.jpg"]
 PAIRS = [(f"What is in picture {i}?", f"A cup number {i}.", f"Two plates {i}.") for i in range(4)]

@@ -16,7 +16,7 @@ from data_tools.readers.media import images_of, natural_key
 from data_tools.readers.pictures import as_images
 from data_tools.records import Drop, ImageBytes, Malformed
 from pivot.data.shards import ShardSet
-from tests.data.fakes import image_bytes
+from tests.kit.sets import image_bytes
 
 PAIR = {"prompt": "What is this?", "chosen": "A cup.", "rejected": "A plate."}
 PNG, JPEG = image_bytes(1), image_bytes(2, "JPEG")

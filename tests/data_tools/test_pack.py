@@ -18,18 +18,15 @@ from data_tools.shuffle import pack_shuffled
 from pivot.data.images import decode_rgb
 from pivot.data.index import INDEX_RECORD
 from pivot.data.shards import ShardSet
-from tests.data.fakes import image_bytes, make_rows, make_set, mixed_rows, row_of, write_rows
-from tests.data.test_images import save, smooth
-from tests.data.test_shards import flip_bit
+from tests.kit.damage import flip_bit
+from tests.kit.images import save, smooth
+from tests.kit.packed import contents
+from tests.kit.sets import image_bytes, make_rows, make_set, mixed_rows, row_of, write_rows
 
 
 @pytest.fixture
 def source(tmp_path):
     return write_rows(tmp_path / "source", *make_rows(24))
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_number_of_workers_changes_no_byte(source, tmp_path):

@@ -13,8 +13,8 @@ from data_tools.preview import choose, difference, read_shown, to_html
 from data_tools.sheet import draw_sheet
 from data_tools.where import parse_where
 from pivot.data.shards import ShardSet
-from tests.data.fakes import image_bytes, make_set, row_of, write_rows
-from tests.data.test_shards import flip_bit
+from tests.kit.damage import flip_bit
+from tests.kit.sets import image_bytes, make_set, row_of, write_rows
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> & </p></article>"
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_tools.recoding import to_shard_format
 from pivot.data.images import ImageError, decode_rgb, image_extension
-from tests.data.fakes import image_bytes
+from tests.kit.sets import image_bytes
 
 
 def save(image, format, **options):

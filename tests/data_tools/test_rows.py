@@ -12,7 +12,7 @@ from data_tools.records import Drop, Malformed
 from data_tools.where import parse_where
 from pivot.data.shards import ShardSet
 from pivot.evaluate.answers import accepted_answers, is_right
-from tests.data.fakes import image_bytes
+from tests.kit.sets import image_bytes
 
 PAIR = {"prompt": "What is this?", "chosen": "A cup.", "rejected": "A plate."}
 

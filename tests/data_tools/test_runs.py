@@ -17,10 +17,10 @@ from pivot.config_load import load_config
 from pivot.data.exclude import read_excluded
 from pivot.data.loader import Loader
 from pivot.data.shards import ShardSet
-from tests.data.fakes import FakeProcessor, make_plan, make_set
-from tests.data.test_loader import take
-from tests.data.test_shards import flip_bit
-from tests.tiny import tiny_language_model, write_vision_json
+from tests.kit.batches import take
+from tests.kit.damage import flip_bit
+from tests.kit.sets import FakeProcessor, make_plan, make_set
+from tests.kit.tiny import tiny_language_model, write_vision_json
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from data_tools.letters import LetterProcessor, letter_lengths
 from pivot.data.lengths import LENGTH_RECORD, Lengths, build_lengths, load_lengths
 from pivot.data.shards import ShardSet
 from pivot.data.units import Costs
-from tests.data.fakes import make_set, plan_of
+from tests.kit.sets import make_set, plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,7 +127,7 @@ from pathlib import Path
 from data_tools.letters import LetterProcessor, letter_lengths
 from pivot.data.loader import Loader
 from pivot.data.shards import ShardSet
-from tests.data.fakes import plan_of
+from tests.kit.sets import plan_of
 
 folder, out, world_size, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 shards = ShardSet.open(folder)

@@ -12,8 +12,8 @@ from data_tools.__main__ import main
 from data_tools.validate import validate
 from pivot.data.manifest import set_fingerprint
 from pivot.data.shards import BLOCK, ShardSet
-from tests.data.fakes import make_set
-from tests.data.test_shards import SMUGGLED, flip_bit, smuggle
+from tests.kit.damage import SMUGGLED, flip_bit, smuggle
+from tests.kit.sets import make_set
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pivot.models.attention import registered_name
 from pivot.models.build import build_mllm, settle_sources
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor, build_processor
-from tests import tiny
+from tests.kit import tiny
 
 NEW_TOKENS = 12
 

@@ -15,11 +15,11 @@ from pivot.evaluate import evaluator
 from pivot.evaluate.load import find_export, load_export
 from pivot.evaluate.outcomes import VQA
 from pivot.models.parts import write_model
-from tests import tiny
-from tests.evaluate.sets import make_answered_set
-from tests.evaluate.test_runs import ROOT, rank_free_environment
-from tests.models.test_parts import CASES, build, config_of, score
-from tests.test_processor import THINKS
+from tests.kit import tiny
+from tests.kit.answered import make_answered_set
+from tests.kit.commands import ROOT, rank_free_environment
+from tests.kit.parts import CASES, build, config_of, score
+from tests.kit.templates import THINKS
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,8 +92,8 @@ def test_an_answer_is_scored_without_the_thought_that_its_template_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each answer is right, behind an empty thought as the model was trained to write it, and is shown as it came."""
-    from pivot import distributed
     from pivot.evaluate.held_out import open_held_out
+    from pivot.system import distributed
 
     model, processor = build(config_of("plain", tmp_path))
     processor = type(processor)(processor.tokenizer, processor.encoder, chat_template=THINKS)

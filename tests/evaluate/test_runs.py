@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from pivot.evaluate.outcomes import PREFERENCE, VQA, compare, read_outcomes
-from tests.evaluate.sets import make_answered_set
-from tests.ranks import run_ranks
-from tests.tiny import tiny_llava
+from tests.kit.answered import make_answered_set
+from tests.kit.commands import ROOT, rank_free_environment
+from tests.kit.ranks import run_ranks
+from tests.kit.tiny import tiny_llava
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES = 21
 
 
@@ -30,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_answered_set(folder, "train", 24)
     make_answered_set(folder, "held-out", 30, first_image=1000)
     for num_ranks in (1, 2):
-        run_ranks("tests.evaluate.scenarios:runs", num_ranks, folder)
+        run_ranks("tests.kit.ranks.scenarios_evaluate:runs", num_ranks, folder)
     return folder
 
 
@@ -92,11 +91,6 @@ def test_the_command_gives_the_numbers_of_the_loop(runs: Path, tmp_path: Path) -
         assert [answer["generated"] for answer in found["models"][name]["answers"]] == expected_answers
     before, after = (read_outcomes(runs / "gathered-1", step) for step in (0, 3))
     assert found["differences"][PREFERENCE]["dpo"] == pytest.approx(list(compare(before, after, PREFERENCE) or ()))
-
-
-def rank_free_environment() -> dict[str, str]:
-    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {k: v for k, v in os.environ.items() if k not in names} | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def test_every_run_ends_with_a_report(runs: Path) -> None:

@@ -14,12 +14,12 @@ import pytest
 
 from data_tools.pack import PackOptions, pack
 from launch.command import main, report
-from pivot import checkpoint
 from pivot.config import REPOSITORY
 from pivot.data import remote
-from pivot.distributed import FailedElsewhere
-from tests.data.fakes import write_rows
-from tests.runs import write_dpo_run
+from pivot.run import checkpoint
+from pivot.system.distributed import FailedElsewhere
+from tests.kit.runs import write_dpo_run
+from tests.kit.sets import write_rows
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from launch.command import main
-from pivot import distributed, reference, scoring
 from pivot.config import REPOSITORY
 from pivot.config_load import load_config
+from pivot.data import reference_cache as reference
 from pivot.data.loader import Loader
+from pivot.data.reference_cache import ROLES, ReferenceCache
 from pivot.data.shards import ShardSet
-from pivot.inputs import Inputs, open_inputs
-from pivot.reference import ROLES, ReferenceCache
-from tests.runs import write_dpo_run
+from pivot.startup import references as scoring
+from pivot.startup.inputs import Inputs, open_inputs
+from pivot.system import distributed
+from tests.kit.runs import write_dpo_run
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from launch.command import main
-from pivot.checkpoint import _describe
 from pivot.config import REPOSITORY
-from tests.runs import write_dpo_run
+from pivot.run.checkpoint import _describe
+from tests.kit.runs import write_dpo_run
 
 SETTINGS = ["deepspeed=ds_configs/zero0.json", "optim.schedule=constant", "optim.warmup_ratio=0"]
 SETTINGS += [

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pivot.batch import Segments
 from pivot.models.attention import choose_attention, registered_name, tree_attention, varlen
 from pivot.models.attention.choice import compare_with_sdpa
 from pivot.models.attention.sdpa import sdpa
 from pivot.models.attention.varlen import over_chains
 from pivot.models.renamed import recompute_blocks
-from tests.tiny import tiny_text_config
-from tests.trees import TREES, build_batch, random_segments, unroll
+from pivot.trees import Segments
+from tests.kit.tiny import tiny_text_config
+from tests.kit.trees import TREES, build_batch, random_segments, unroll
 
 
 def oracle_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, segments: Segments) -> np.ndarray:

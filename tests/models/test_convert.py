@@ -28,7 +28,7 @@ from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.models.vision import build_vision_tower
 from pivot.processor import Processor, build_processor
-from tests import tiny
+from tests.kit import tiny
 
 CASES = [("siglip", "qwen2", False), ("siglip", "qwen2", True), ("clip", "llama", False), ("clip", "llama", True)]
 

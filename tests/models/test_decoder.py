@@ -10,12 +10,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig, Qwen3Config
 
-from pivot.batch import PackedBatch, Segments
+from pivot.batch import PackedBatch
 from pivot.models.attention import registered_name
 from pivot.models.decoder import FAMILIES, reads_at_targets, streamline
 from pivot.models.renamed import recompute_blocks
-from tests.tiny import tiny_text_config
-from tests.trees import TREES, build_batch, random_segments
+from pivot.trees import Segments
+from tests.kit.tiny import tiny_text_config
+from tests.kit.trees import TREES, build_batch, random_segments
 
 SIZES = {
     "vocab_size": 320,

@@ -30,8 +30,8 @@ from pivot.models.language import DECODERS, build_language_model, check_position
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.models.vision import VisionTower, build_vision_tower
-from tests import tiny
-from tests.trees import build_batch, random_segments
+from tests.kit import tiny
+from tests.kit.trees import build_batch, random_segments
 
 
 @pytest.mark.parametrize("kind, tie", [("qwen2", False), ("qwen2", True), ("llama", False), ("llama", True)])

@@ -16,9 +16,9 @@ from pivot.data.collate import Example, collate
 from pivot.geometry import ImageGeometry
 from pivot.models.mllm import MLLM
 from pivot.processor import EncodedPair
-from tests.ranks.scenarios import build_plain, merge, pair
-from tests.tiny import tiny_llava
-from tests.trees import build_batch, random_segments, unroll
+from tests.kit.ranks.scenarios import build_plain, merge, pair
+from tests.kit.tiny import tiny_llava
+from tests.kit.trees import build_batch, random_segments, unroll
 
 CASES = {
     "siglip + qwen2": {"kind": "qwen2", "vision": "siglip"},

@@ -15,8 +15,8 @@ from pivot.config import VisionTowerConfig
 from pivot.models import recompute
 from pivot.models.recompute import cheap, recompute_cheap_modules, recomputing
 from pivot.models.vision import build_vision_tower
-from tests import tiny
-from tests.ranks.scenarios import build_plain, merge, pair
+from tests.kit import tiny
+from tests.kit.ranks.scenarios import build_plain, merge, pair
 
 TOWERS = {"siglip": {"vision": "siglip"}, "clip": {"vision": "clip", "kind": "llama"}}
 

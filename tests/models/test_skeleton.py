@@ -13,8 +13,8 @@ from pivot.models.build import settle_sources
 from pivot.models.language import build_language_model, fit_vocabulary
 from pivot.models.skeleton import build_skeleton
 from pivot.models.vision import build_vision_tower
-from tests.ranks.scenarios import build_plain
-from tests.tiny import tiny_llava, tiny_open_clip, write_text_json, write_vision_json
+from tests.kit.ranks.scenarios import build_plain
+from tests.kit.tiny import tiny_llava, tiny_open_clip, write_text_json, write_vision_json
 
 
 def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

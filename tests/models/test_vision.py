@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, SiglipConfig, S
 
 from pivot.config import VisionTowerConfig
 from pivot.models.vision import VisionTower, build_vision_tower
-from tests import tiny
+from tests.kit import tiny
 
 STOCK: dict[str, Any] = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
 IMAGES = tiny.random_images(2)

@@ -11,8 +11,8 @@ import torch
 from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig
 from pivot.objectives import PreferenceObjective, SFTObjective, build_objective
 from pivot.objectives.losses import LOSSES, LossOptions, NumTokens
-from tests.objectives.pairs import Pair, batch_of, random_pairs, step_counts, step_loss, step_metrics
-from tests.objectives.test_losses import trl_loss
+from tests.kit.pairs import Pair, batch_of, random_pairs, step_counts, step_loss, step_metrics
+from tests.kit.trl_losses import trl_loss
 
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
 MIXES = [*LOSSES, "sft", MPO, {"simpo": 1.0, "sft": 0.1}]

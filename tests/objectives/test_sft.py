@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from pivot.batch import CHOSEN
-from pivot.counts import StepCounts
+from pivot.batch import CHOSEN, StepCounts
 from pivot.objectives import SFTObjective
-from tests.objectives.pairs import Pair, batch_of, random_pairs, step_loss, step_metrics
+from tests.kit.pairs import Pair, batch_of, random_pairs, step_loss, step_metrics
 
 
 def sft_counts(pairs: list[Pair]) -> StepCounts:

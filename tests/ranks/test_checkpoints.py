@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.ranks.scenarios_checkpoints import CANARY, CASES
-from tests.tiny import tiny_llava
+from tests.kit.ranks import run_ranks
+from tests.kit.ranks.scenarios_checkpoints import CANARY, CASES
+from tests.kit.tiny import tiny_llava
 
 pytestmark = pytest.mark.timeout(900)
 # Large enough for what is no weight (names, shapes, padding: some 40 KB a rank) to be small beside it.
@@ -20,7 +20,7 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 512}
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("checkpoints")
     tiny_llava(folder / "llava", text_changes=SHAPE)
-    run_ranks("tests.ranks.scenarios_checkpoints:everything", request.param, folder)
+    run_ranks("tests.kit.ranks.scenarios_checkpoints:everything", request.param, folder)
     texts = [(folder / f"checkpoints-{request.param}-{rank}.json").read_text() for rank in range(request.param)]
     return [json.loads(text) | {"canary": (folder / CANARY).exists()} for text in texts]
 

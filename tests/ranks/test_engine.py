@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import run_ranks
-from tests.tiny import tiny_llava
+from tests.kit.ranks import run_ranks
+from tests.kit.tiny import tiny_llava
 
 WORLDS = (1, 2)
 STAGES = (0, 1, 2, 3)
@@ -25,7 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llava(folder / "llava-untied")
     tiny_llava(folder / "llava-tied", tie=True)
     for world in WORLDS:
-        run_ranks("tests.ranks.scenarios:everything", world, folder, limit_s=600)
+        run_ranks("tests.kit.ranks.scenarios:everything", world, folder, limit_s=600)
     return folder
 
 

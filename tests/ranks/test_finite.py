@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.data.fakes import make_set
-from tests.ranks import run_ranks
-from tests.ranks.scenarios_finite import CASES, CLIPPING
-from tests.tiny import tiny_llava
+from tests.kit.ranks import run_ranks
+from tests.kit.ranks.scenarios_finite import CASES, CLIPPING
+from tests.kit.sets import make_set
+from tests.kit.tiny import tiny_llava
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks of the file
 WORLDS = (1, 2)
@@ -25,8 +25,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finite")
     tiny_llava(folder / "llava")
     make_set(folder)
-    run_ranks("tests.ranks.scenarios_finite:steps", 1, folder, limit_s=400)
-    run_ranks("tests.ranks.scenarios_finite:everything", 2, folder, limit_s=600)
+    run_ranks("tests.kit.ranks.scenarios_finite:steps", 1, folder, limit_s=400)
+    run_ranks("tests.kit.ranks.scenarios_finite:everything", 2, folder, limit_s=600)
     return folder
 
 

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from pivot.config import REPOSITORY
-from pivot.ports import free_port
-from tests.data.fakes import make_set
-from tests.ranks import rank_environment
-from tests.tiny import tiny_llava
+from pivot.system.process import free_port
+from tests.kit.ranks import rank_environment
+from tests.kit.sets import make_set
+from tests.kit.tiny import tiny_llava
 
 KILLS = int(os.environ.get("KILLS", "8"))
 RUN = """

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.ranks.scenarios_memory import CASES
-from tests.tiny import tiny_llava
+from tests.kit.ranks import run_ranks
+from tests.kit.ranks.scenarios_memory import CASES
+from tests.kit.tiny import tiny_llava
 
 Found = list[dict[str, dict[str, float]]]  # of each rank: case -> bytes held, bytes estimated
 pytestmark = pytest.mark.timeout(900)
@@ -21,7 +21,7 @@ def found(
 ) -> list[dict[str, dict[str, float]]]:
     folder = tmp_path_factory.mktemp("memory")
     tiny_llava(folder / "llava", text_changes=SHAPE)
-    run_ranks("tests.ranks.scenarios_memory:measure", request.param, folder)
+    run_ranks("tests.kit.ranks.scenarios_memory:measure", request.param, folder)
     return [json.loads((folder / f"memory-{request.param}-{rank}.json").read_text()) for rank in range(request.param)]
 
 

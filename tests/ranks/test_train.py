@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.data.fakes import make_set
-from tests.ranks import run_ranks
-from tests.tiny import tiny_llava
+from tests.kit.ranks import run_ranks
+from tests.kit.sets import make_set
+from tests.kit.tiny import tiny_llava
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks of the file
 
@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     tiny_llava(folder / "llava")
     make_set(folder)
-    run_ranks("tests.ranks.scenarios_train:everything", 2, folder, limit_s=600)
+    run_ranks("tests.kit.ranks.scenarios_train:everything", 2, folder, limit_s=600)
     return folder
 
 

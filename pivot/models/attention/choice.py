@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import Segments
 from pivot.models.attention.tree import BACKENDS, Backend
+from pivot.trees import Segments
 
 PREFERENCE = ("torch_varlen", "flash_attn", "sdpa")
 HALF = (torch.bfloat16, torch.float16)  # what FlashAttention computes in

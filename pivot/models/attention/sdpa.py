@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pivot.batch import Chain, Segments
 from pivot.models.recompute import cheap
+from pivot.trees import Chain, Segments
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:

@@ -8,9 +8,9 @@ from functools import partial
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from pivot.batch import Segments
 from pivot.models.attention.sdpa import sdpa
 from pivot.models.attention.varlen import flash_attn, torch_varlen
+from pivot.trees import Segments
 
 # query [1, H, M, D], key and value [1, K, T, D], segments, scaling -> [1, M, H, D]; M = T where every token asks
 Backend = Callable[[Tensor, Tensor, Tensor, Segments, float | None], Tensor]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pivot.batch import Segments
 from pivot.models.recompute import cheap
+from pivot.trees import Segments
 
 
 def torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:

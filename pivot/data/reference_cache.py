@@ -1,0 +1,180 @@
+"""Reference log-probs: computed once, kept in side-cars beside the shards, never a resident reference model.
+
+`CACHE_DIR/ref/FINGERPRINT/SHARD.SHA256.npy` holds a record per sample, NaN where none was computed; with
+`objective.dpo.reference_per_token` the completion tokens' values lie beside it (reference_tokens.py). The fingerprint
+covers weights, processor, image policy, precision, attention and LOGPROB_VERSION, so one changed byte is a miss, and a
+set's references are shared by every run that starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
+from pivot.data.loader import Loader
+from pivot.data.plan import Plan
+from pivot.data.shards import ShardSet
+from pivot.reference_tokens import TokenSideCars, split_tokens
+from pivot.system import distributed
+from pivot.system.distributed import World
+from pivot.system.files import write_array
+
+LOGPROB_VERSION = 1  # raise it whenever the same weights and tokens would give other log-probs
+
+RECORD = np.dtype(
+    [("chosen_logp", "<f4"), ("rejected_logp", "<f4"), ("chosen_tokens", "<u4"), ("rejected_tokens", "<u4")]
+)
+ROLES = (CHOSEN, REJECTED)
+Score = Callable[[PackedBatch], Tensor]  # a batch on the host -> float32[N], wherever that is computed
+
+
+def reference_fingerprint(*, weights: str, processor: str, facts: dict[str, Any]) -> str:
+    """What the log-probs depend on besides the shard, which names itself by its own hash."""
+    parts = {"weights": weights, "processor": processor, "facts": facts, "logprob_version": LOGPROB_VERSION}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class ReferenceCache:
+    """The reference log-probs of one data set under one reference model; `per_token`: of each token, too."""
+
+    def __init__(self, cache_dir: str | Path, fingerprint: str, shards: ShardSet, *, per_token: bool = False) -> None:
+        self.folder = Path(cache_dir) / "ref" / fingerprint[:16]
+        self._shards = shards
+        self._tokens = TokenSideCars(self.folder, shards) if per_token else None
+        parts = [self._read(number) for number in range(len(shards.shards))]
+        self._records = np.concatenate(parts)
+
+    def _path(self, number: int) -> Path:
+        shard = self._shards.shards[number]
+        return self.folder / f"{shard.name}.{shard.sha256[:16]}.npy"
+
+    def _read(self, number: int) -> np.ndarray:
+        path, samples = self._path(number), self._shards.shards[number].samples
+        if not path.is_file():
+            empty = np.zeros(samples, dtype=RECORD)
+            empty["chosen_logp"] = empty["rejected_logp"] = np.nan
+            return empty
+        records = np.load(path, allow_pickle=False)
+        if records.dtype != RECORD or len(records) != samples:
+            raise ValueError(f"{path} holds {records.shape} of {records.dtype}, expected {samples} records; delete it")
+        return records
+
+    def first_missing(self, plan: Plan) -> int | None:
+        """The first step of `plan` (one with an end) that holds a sample without a value, or None."""
+        for step in range(plan.num_steps or 0):
+            if self._missing(plan.step_ids(step)).any():
+                return step
+        return None
+
+    def _missing(self, rows: np.ndarray) -> np.ndarray:
+        """bool[len(rows)]: not scored yet. A masked sample, at infinity, is done with and has no tokens."""
+        values = self._records["chosen_logp"][rows]
+        missing = np.isnan(values)
+        if self._tokens is not None:
+            missing |= np.isfinite(values) & ~self._tokens.has(rows)
+        return missing
+
+    def lookup(self, batch: PackedBatch) -> Tensor:
+        """float32[C] for a batch on the host. Raises ValueError when a value is missing or not of these tokens."""
+        found = torch.zeros(batch.num_completions)
+        rows = batch.sample_index.numpy()
+        real = torch.from_numpy(rows != DUMMY_SAMPLE) & (batch.pair_weight() > 0)
+        records = self._records[rows]  # a dummy's -1 reads the last row, which `real` keeps out
+        for role in ROLES:
+            index = batch.by_role[role][real]
+            values = torch.from_numpy(records[f"{role}_logp"].copy())[real]
+            tokens = torch.from_numpy(records[f"{role}_tokens"].astype(np.int64))[real]
+            wrong = ~torch.isfinite(values) | (tokens != batch.completion_tokens[index])
+            if wrong.any():
+                row = int(rows[real.numpy()][int(wrong.nonzero()[0])])
+                raise ValueError(
+                    f"{self._shards.describe(row)}: {self.folder} holds no reference log-prob of this {role} "
+                    "completion (another template, or an unfinished cache); delete the folder, it is made anew"
+                )
+            found[index] = values
+        return found
+
+    def lookup_tokens(self, batch: PackedBatch) -> Tensor:
+        """float32[N] for a batch on the host, 0 for dummies and masked samples; `per_token` caches only."""
+        assert self._tokens is not None, "this cache was opened without per_token"
+        found = np.zeros(len(batch.target_ids), dtype=np.float32)
+        for row, role, targets in split_tokens(batch):
+            values, expected = self._tokens.read(row, role), targets.stop - targets.start
+            if len(values) != expected:
+                raise ValueError(
+                    f"{self._shards.describe(row)}: {self.folder} holds reference log-probs of {len(values)} tokens of "
+                    f"the {role} completion, expected {expected}; delete the folder, it is made anew"
+                )
+            found[targets] = values
+        return torch.from_numpy(found)
+
+    def fill(
+        self, loader: Loader, score: Score, world: World, say: Callable[[str], None], *, first_step: int = 0
+    ) -> None:
+        """Score every pair that `loader` gives from `first_step` on, and write each shard once it is whole. Collective.
+
+        A run that was cut goes on with the first shard that is missing. A plan that visits a part of the set leaves
+        shards with values for that part.
+        """
+        done, total = first_step * loader.plan.global_batch_size, loader.plan.limit or loader.plan.num_pairs
+        for step_plan, micro_batches in loader:
+            own = [self._score(batch, score) for batch in micro_batches]
+            for scored, tokens in distributed.gather(
+                (np.concatenate([s for s, _ in own]), [t for _, found in own for t in found])
+            ):
+                self._records[scored["row"]] = scored["record"]
+                if self._tokens is not None and world.is_main:
+                    self._tokens.keep(tokens)
+            done += len(step_plan.ids)
+            if world.is_main:
+                self._write_finished(step_plan.ids, loader.plan)
+            say(f"reference log-probs: {done} of {total} pairs")
+        if world.is_main:
+            self._write_unfinished(loader.plan)
+        torch.distributed.barrier()
+
+    @torch.no_grad()
+    def _score(self, batch: PackedBatch, score: Score) -> tuple[np.ndarray, list[tuple[int, str, np.ndarray]]]:
+        """(row and RECORD of each pair, row and role and float32[tokens] of each completion if they are kept)."""
+        token_logps = score(batch).float().cpu()
+        logps = batch.completion_logps(token_logps).numpy()
+        rows = batch.sample_index.numpy()
+        scored = np.zeros(len(rows), dtype=[("row", "<i8"), ("record", RECORD)])
+        scored["row"] = rows
+        for role in ROLES:
+            index = batch.by_role[role].numpy()
+            # A masked sample is done with, at infinity: NaN would keep its shard unfinished for ever.
+            scored["record"][f"{role}_logp"] = np.where(batch.pair_weight().numpy() > 0, logps[index], np.inf)
+            scored["record"][f"{role}_tokens"] = batch.completion_tokens.numpy()[index]
+        tokens = [(row, role, token_logps[t].numpy().copy()) for row, role, t in split_tokens(batch)]
+        return scored[rows != DUMMY_SAMPLE], tokens if self._tokens is not None else []
+
+    def _write_finished(self, rows: np.ndarray, plan: Plan) -> None:
+        for number in sorted({self._shards.locate(int(row))[0] for row in rows}):
+            span = self._span(number)
+            if not self._missing(np.arange(span.start, span.stop))[plan.kept[span]].any():
+                self._write(number)
+
+    def _write_unfinished(self, plan: Plan) -> None:
+        for number in range(len(self._shards.shards)):
+            span = self._span(number)
+            empty = np.isnan(self._records["chosen_logp"][span])
+            if not empty.all() and empty[plan.kept[span]].any():
+                self._write(number)
+
+    def _write(self, number: int) -> None:
+        if self._tokens is not None:
+            self._tokens.write(number)  # before the records, which say that the shard is done
+        write_array(self._path(number), self._records[self._span(number)])
+
+    def _span(self, number: int) -> slice:
+        first = int(self._shards.first_rows[number])
+        return slice(first, first + self._shards.shards[number].samples)

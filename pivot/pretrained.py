@@ -1,0 +1,128 @@
+"""How what transformers saved comes into being: configurations, weights read strictly or drawn; never remote code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+# Gives a context in which the full values of parameters can be read that ZeRO-3 has partitioned.
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+def load_strictly(model_class: Any, path: str, where: str, *, accepted: Iterable[str] = (), **settings: Any) -> Any:
+    """`model_class.from_pretrained(path)`; ValueError, starting with `where`, for a checkpoint that does not fit.
+
+    Nothing may be missing or of another shape, and only keys that start with one of `accepted` may be extra. Under a
+    live HfDeepSpeedConfig (ZeRO-3) transformers partitions what it loads.
+    """
+    try:
+        model, info = model_class.from_pretrained(
+            path,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below with the tensor's name
+            **settings,
+        )
+    except OSError as error:
+        raise ValueError(f"{where}: no weights that transformers can read: {error}") from error
+    check_loading(info, where, accepted)
+    return model
+
+
+def check_loading(info: dict[str, Any], where: str, accepted: Iterable[str] = ()) -> None:
+    """Refuse what transformers only warns of: tensors that were missing, unknown or of another shape."""
+    other_shape = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    for problem, keys in (
+        ("lacks", info["missing_keys"]),
+        ("has another shape for", other_shape),
+        ("holds, beside those,", [key for key in info["unexpected_keys"] if not key.startswith(tuple(accepted))]),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise ValueError(
+                f"{where}: compared to what its configuration asks for, the checkpoint {problem} {len(keys)} tensors "
+                f"({shown}); it is damaged, or was written for another architecture"
+            )
+
+
+def build_random(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model with random weights, the same on every rank and ZeRO stage that starts from the same seed.
+
+    Called as a plain constructor, which no HfDeepSpeedConfig turns into a partitioned build: that would draw other
+    numbers. DeepSpeed partitions it when the engine is built; what starts from scratch is small.
+    """
+    config.dtype = dtype
+    config._attn_implementation = "sdpa"
+    return model_class(config).to(dtype=dtype)
+
+
+def read_config(path: str, key: str) -> PretrainedConfig:
+    """The transformers configuration of a folder, hub id or JSON file; `key` names the setting in errors.
+
+    It says what the network is. Keys that would say how it is run are ours to choose, so they are put back to what
+    we choose; a checkpoint whose weights are not plain numbers of this network is refused.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever the class of any configuration may raise
+        raise ValueError(
+            f"{key}: no configuration that transformers knows at '{path}' (remote code is never run): {error}"
+        ) from error
+    if find_file(path, "adapter_config.json"):
+        raise ValueError(
+            f"{key}: '{path}' holds an adapter (adapter_config.json), not the weights of a whole model; merge it into "
+            "its base model and give the folder of the result"
+        )
+    for part in (config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))):
+        _choose_how_it_runs(part, f"{key}: '{path}'")
+    return config
+
+
+def _choose_how_it_runs(config: Any, where: str) -> None:
+    if getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "an unknown method")
+        raise ValueError(f"{where} has weights that were quantised ({method}); give the folder of the plain weights")
+    if config.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        config.dtype = None
+    # The name of a repository here would make transformers fetch a kernel and run it.
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = None
+    config.return_dict = True
+    config.output_attentions = config.output_hidden_states = False
+    if hasattr(config, "gradient_checkpointing"):  # transformers would switch it on whatever the run says
+        del config.gradient_checkpointing
+
+
+def read_text_config(path: str) -> PretrainedConfig:
+    """The configuration of a language model, alone or in an HF LLaVA."""
+    config = read_config(path, "model.language_model.path")
+    return getattr(config, "text_config", config)
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A file of a folder or hub id, None where there is none (offline a hub cache may not know whether there is)."""
+    if Path(path).is_file():  # a bare configuration: what lies beside it may be another model's
+        return None
+    found = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None
+
+
+def read_json(path: str, name: str) -> dict[str, Any]:
+    """A JSON file of a folder or hub id, {} where there is none."""
+    file = find_file(path, name)
+    try:
+        return json.loads(file.read_text("utf-8")) if file else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error

@@ -1,0 +1,271 @@
+"""Checkpoints that are complete or not there: our own commit around DeepSpeed's files, and a verified way back.
+
+    checkpoints/step-00000100/   manifest.json (written last: size and sha256 of every file), state.json, rank-*.pt,
+                                 DeepSpeed's shards
+    checkpoints/latest           the newest one's name, moved after it was published
+
+DeepSpeed publishes its own `latest` before all ranks have written, and loads damaged or foreign shards without a
+word, running what is pickled in them; none of it is used. Order of a save: write into step-N.tmp, hash, manifest,
+fsync, rename, latest, prune. A step-N.tmp is never read and may go at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from pivot.system import distributed
+from pivot.system.distributed import World
+from pivot.system.files import read_object, write_atomically
+from pivot.system.redact import tell
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+VISIBLE_WITHIN_S = 60.0  # a shared file system may show a rename late
+
+
+class Shards(Protocol):
+    """The engine's side: this rank's share of weights and optimizer state below folder/tag."""
+
+    def save(self, folder: Path, tag: str) -> None: ...
+    def load(self, folder: Path, tag: str) -> None: ...
+    def unknown_classes(self, path: Path) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `step` optimizer steps are done."""
+
+    folder: Path
+    step: int
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+# -- save ----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    engine: Shards,
+    checkpoints: Path,
+    step: int,
+    world: World,
+    *,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    size_bytes: int,
+    keep: int,
+    say: Callable[[str], None],
+    extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write and publish the checkpoint of `step`; collective. `state` comes back from `load`, the same on all ranks.
+
+    `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints); `extra(folder)` may add rank 0's own
+    files. A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
+    launcher can reach them. What was published before stays untouched. OSError (ENOSPC) when the disk is too small.
+    """
+    final = distributed.broadcast(step_folder(checkpoints, step))
+    partial = final.with_name(final.name + ".tmp")
+    with distributed.shared_failure(f"preparing {partial}"):
+        if world.is_main:
+            require_space(checkpoints, size_bytes)
+            if os.path.lexists(partial):
+                _remove(partial)
+            partial.mkdir(parents=True)
+    try:
+        engine.save(checkpoints, partial.name)
+        torch.save(distributed.rng_state(), partial / f"rank-{world.rank:05d}.pt")
+        if world.is_main:
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            if extra is not None:
+                extra(partial)
+    except BaseException:
+        free = shutil.disk_usage(checkpoints).free / 2**30
+        tell(traceback.format_exc(), to=sys.stderr)
+        tell(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", to=sys.stderr)
+        os._exit(1)
+    dist.barrier()
+    files = _hash_shared(partial, world)
+    with distributed.shared_failure(f"publishing {final}"):
+        if world.is_main:
+            manifest = {"format": FORMAT, "step": step, **facts, "files": files}
+            _publish(partial, final, manifest)
+            _prune(checkpoints, keep, say)
+    _wait_for(final)
+    return final
+
+
+def require_space(folder: Path, size_bytes: int, number: int = 1) -> None:
+    """OSError (ENOSPC) unless `number` checkpoints of `size_bytes` find room in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < number * size_bytes:
+        what = "a checkpoint takes" if number == 1 else f"{number} checkpoints, the most at a time, take"
+        needs = f"{what} {number * size_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free, nothing was deleted"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})", str(folder))
+
+
+def _hash_shared(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file, the work split over the ranks; each file is on the disk when this returns."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = distributed.broadcast(names)
+    own: dict[str, dict[str, Any]] = {}
+    with distributed.shared_failure(f"hashing {folder}"):
+        for name in names[world.rank :: world.size]:
+            own[name] = _describe(folder / name, sync=True)
+    merged: dict[str, dict[str, Any]] = {}
+    for part in distributed.gather(own):
+        merged |= part
+    return dict(sorted(merged.items()))
+
+
+def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
+    if os.path.lexists(final):  # the same step saved again after a resume that passed it over
+        _remove(final)
+    os.replace(partial, final)
+    write_atomically(final.parent / "latest", final.name + "\n")
+
+
+def _prune(checkpoints: Path, keep: int, say: Callable[[str], None]) -> None:
+    """Remove the oldest. Each is renamed first: one that a kill leaves half-removed is not taken for a checkpoint."""
+    for folder in published(checkpoints)[:-keep]:
+        try:
+            if folder.is_symlink():
+                folder.unlink()  # what lies elsewhere is not ours to remove
+            else:
+                folder.replace(folder.with_name(folder.name + ".tmp"))
+        except OSError as error:
+            say(f"warning: {folder} could not be removed ({error.strerror}); it takes room until it is")
+    sweep(checkpoints, say)
+
+
+def sweep(checkpoints: Path, say: Callable[[str], None]) -> None:
+    """Remove half-written and half-removed checkpoints; for the one process that may write here, between its saves."""
+    for partial in sorted(checkpoints.glob("step-????????.tmp")):
+        try:
+            _remove(partial)
+        except OSError as error:
+            say(f"warning: {partial} could not be removed ({error.strerror}); it takes room until it is")
+
+
+def _remove(path: Path) -> None:
+    """A link goes, and what it leads to stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _wait_for(folder: Path) -> None:
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    with distributed.shared_failure(f"waiting for {folder}"):
+        while not (folder / MANIFEST).is_file():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{folder} is not visible here after {VISIBLE_WITHIN_S:g} s; is output_dir shared?")
+            time.sleep(0.1)
+
+
+# -- load ----------------------------------------------------------------------------------------------------------
+
+
+def published(checkpoints: Path) -> list[Path]:
+    """Folders that carry a manifest, oldest first."""
+    return sorted(path.parent for path in checkpoints.glob(f"step-????????/{MANIFEST}"))
+
+
+def find(checkpoints: Path, world: World, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written; None when there is none at all. Collective.
+
+    A damaged one is named and left alone, and the next older is taken. RuntimeError when all are damaged: a run that
+    asked to go on must not begin again.
+    """
+    folders, named = distributed.broadcast((published(checkpoints), _read_latest(checkpoints)))
+    if folders and named not in ("", *(folder.name for folder in folders)):
+        say(f"warning: {checkpoints / 'latest'} names {named}, which is not there")
+    for folder in reversed(folders):
+        manifest, problem = _verify(folder, world)
+        if problem is None:
+            state = json.loads((folder / "state.json").read_text())
+            return Checkpoint(folder, manifest["step"], manifest, state)
+        say(f"warning: {folder} is damaged and is not used: {problem}")
+    if folders:
+        raise RuntimeError(f"{checkpoints}: every checkpoint is damaged; start afresh in another output_dir")
+    return None
+
+
+def _read_latest(checkpoints: Path) -> str:
+    try:
+        return (checkpoints / "latest").read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _verify(folder: Path, world: World) -> tuple[dict[str, Any], str | None]:
+    """Compare each file with the manifest, the work split over the ranks; the first difference, or None."""
+    manifest = read_object(folder / MANIFEST)
+    try:
+        problem = _find_difference(folder, manifest, world)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{MANIFEST}: {type(error).__name__}: {error}"
+    return manifest, next((text for text in distributed.gather(problem) if text), None)
+
+
+def _find_difference(folder: Path, manifest: dict[str, Any], world: World) -> str | None:
+    files = manifest["files"]
+    if step_folder(folder.parent, manifest["step"]).name != folder.name:
+        return f"its {MANIFEST} is that of step {manifest['step']}"
+    for path in sorted(folder.rglob("*.pt")):  # what DeepSpeed would read without asking
+        if str(path.relative_to(folder)) not in files:
+            return f"{path.relative_to(folder)} is none of its files"
+    for name in sorted(files)[world.rank :: world.size]:
+        expected = files[name]
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _describe(folder / name) != expected:
+            return f"{name} is not the file of {expected['bytes']} bytes that was written"
+    return None
+
+
+def load(engine: Shards, checkpoint: Checkpoint, world: World) -> None:
+    """Put weights, optimizer state and this rank's random state back as they were saved. Collective.
+
+    ValueError for a checkpoint with a file that needs more than tensors and plain values: loading it could run what
+    somebody put there, whatever the manifest says.
+    """
+    with distributed.shared_failure(f"opening {checkpoint.folder}"):
+        for path in sorted(checkpoint.folder.rglob("*.pt"))[world.rank :: world.size]:
+            unknown = engine.unknown_classes(path)
+            if unknown:
+                raise ValueError(
+                    f"{path} holds {', '.join(unknown)}, which training never writes there, and was not loaded; remove "
+                    "this checkpoint to go on from the one before it, and find out who put it there"
+                )
+    engine.load(checkpoint.folder.parent, checkpoint.folder.name)
+    states = torch.load(checkpoint.folder / f"rank-{world.rank:05d}.pt", weights_only=True)
+    distributed.set_rng_state(states)

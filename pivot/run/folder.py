@@ -1,0 +1,298 @@
+"""The run directory: who may write into it, whether a start goes on from what is there, and how a run ended.
+
+config.yaml  run.json  log.jsonl  checkpoints/  export/  status
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from pivot.config import Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig
+from pivot.config_load import load_saved, to_yaml
+from pivot.models.parts import is_model
+from pivot.run.checkpoint import MANIFEST, published, sweep
+from pivot.system.files import read_object, write_atomically, write_json
+from pivot.system.lock import FileLock, Held
+from pivot.system.redact import redact, redact_values
+
+DONE, PREEMPTED, FAILED, RUNNING = "done", "preempted", "failed", "running"
+
+# What a resume may change: nothing here decides which numbers a step computes.
+_FREE_ON_RESUME = (
+    "output_dir",
+    "deepspeed",
+    "log",
+    "checkpoint",
+    "evaluate",
+    "data.eval",
+    "data.train",  # the plan compares the data's fingerprint, so a set may move
+    "data.workers",
+    "data.cache_dir",
+    "objective.dpo.reference_per_token",
+    "data.shard_cache",
+    "data.shard_cache_gb",
+    "data.allow_pipe",
+    "train.max_tokens_per_micro_batch",
+    "train.activation_checkpointing",
+    "train.attention",
+    "train.timeout_s",
+)
+
+
+# What may lie in a folder that is no run yet: our own first files, and what job schedulers, launchers, file systems and
+# dying processes leave behind. Everything else may be somebody's work.
+_OWN = ("lock", "cache", "run.json", "*.part")
+_LITTER = ("*.out", "*.err", "*.log", "log", "logs", "slurm*", "core", "core.*", ".*", "lost+found", "Thumbs.db")
+# Errors that another output_dir mends, unlike those of a disk that is full or broken.
+_MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_MENDABLE |= {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+class RunFolder:
+    """`output_dir` of one run, held by one process at a time (rank 0's)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self.id = ""  # of the run, drawn at its first start; "" for one that was begun before runs had ids
+        self._lock = FileLock(self.path / "lock")
+
+    def check(self, config: Config) -> None:
+        """ConfigError where `output_dir` cannot become or go on being this run's folder; nothing is changed."""
+        with _in_words(self.path):
+            inside = self._list()
+            for name, folder in (("checkpoints", True), ("export", True), ("log.jsonl", False), ("status", False)):
+                path = self.path / name
+                if os.path.lexists(path) and path.is_dir() != folder:
+                    expected = "a folder" if folder else "a file"
+                    raise ConfigError(f"output_dir: {path} is not {expected}; move it away, or choose another")
+        left = [name for name in inside if not any(fnmatch(name, pattern) for pattern in _OWN + _LITTER)]
+        if config.checkpoint.resume == "none" and left:
+            raise ConfigError(
+                f"output_dir: {self.path} is not empty ({left[0]}) and checkpoint.resume is none; choose another"
+            )
+        if left and not (self.path / "config.yaml").is_file():
+            raise ConfigError(
+                f"output_dir: {self.path} holds files but no config.yaml, so it is no run ({left[0]}); choose another"
+            )
+        if config.checkpoint.resume == "required" and not published(self.checkpoints):
+            raise ConfigError(f"checkpoint.resume: required, but {self.checkpoints} holds no checkpoint to go on from")
+
+    def _list(self) -> list[str]:
+        """The names in the folder, [] where it has yet to be made. OSError where it cannot be read, written or made."""
+        if os.path.lexists(self.path):
+            names = sorted(os.listdir(self.path))
+            place = self.path
+        else:
+            names = []
+            place = next(parent for parent in self.path.absolute().parents if os.path.lexists(parent))
+            os.listdir(place)
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return names
+
+    def claim(self, config: Config, total_steps: int, say: Callable[[str], None]) -> int | None:
+        """Take the folder as `checkpoint.resume` says; the steps of a run that is finished and exported, else None.
+
+        Raises ConfigError when the folder is another run's or holds something else, when checkpoints that it should
+        hold are not there, and when a second process is writing there. But for the lock, nothing is changed then.
+        """
+        self.check(config)
+        with _in_words(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        known, status, folders = (
+            read_object(self.path / "run.json"),
+            self._read_status(say),
+            published(self.checkpoints),
+        )
+        saved, exported = self._find_saved(known, status), is_model(self.export)
+        if (self.path / "config.yaml").is_file() and (folders or saved or exported):  # else nothing can be mixed up
+            require_same_run(self._read_settings(), config)
+        steps = status.get("step") if status.get("status") == DONE and exported else None
+        finished = steps if isinstance(steps, int) and steps >= total_steps else None
+        if saved and not folders and finished is None:
+            raise ConfigError(
+                f"output_dir: {self.checkpoints} holds no checkpoint, but {saved}; put the checkpoints back to go on, "
+                "or choose another output_dir to begin anew"
+            )
+        self._name_run(known, folders)
+        write_atomically(self.path / "config.yaml", to_yaml(config))
+        self._sweep(say)
+        if finished is None:
+            self.set_status(RUNNING)
+        return finished
+
+    def _read_status(self, say: Callable[[str], None]) -> dict[str, Any]:
+        path = self.path / "status"
+        status = read_object(path)
+        if path.is_file() and not is_status(status):
+            say(f"warning: {path} is damaged and is not used; the checkpoints say where to go on")
+            return {}
+        return status
+
+    def _find_saved(self, known: dict[str, Any], status: dict[str, Any]) -> str:
+        """What says that the run has saved a checkpoint; "" where nothing does."""
+        if (self.checkpoints / "latest").exists():
+            return f"{self.checkpoints / 'latest'} names one"
+        for name, value in (("run.json", known.get("saved")), ("status", status.get("step"))):
+            if isinstance(value, int) and value > 0:
+                return f"{self.path / name} tells of step {value}"
+        return ""
+
+    def _read_settings(self) -> Config:
+        path = self.path / "config.yaml"
+        try:
+            return load_saved(path)
+        except ConfigError as error:
+            raise ConfigError(
+                f"output_dir: {path} cannot be read, so nothing tells whether this is the same run ({error}); write it "
+                "from the YAML that the run was started with, or choose another output_dir"
+            ) from error
+
+    def _name_run(self, known: dict[str, Any], folders: list[Path]) -> None:
+        """Read the run's id, or take it from its newest checkpoint, or draw it."""
+        if isinstance(known.get("id"), str):
+            self.id = known["id"]
+            return
+        self.id = str(read_object(folders[-1] / MANIFEST).get("run", "")) if folders else secrets.token_hex(8)
+        write_json(self.path / "run.json", {"id": self.id})
+
+    def note_saved(self, step: int) -> None:
+        """Remember outside of checkpoints/ that it holds something: a run whose checkpoints are gone must not begin
+        again in silence."""
+        write_json(self.path / "run.json", {"id": self.id, "saved": step})
+
+    def _sweep(self, say: Callable[[str], None]) -> None:
+        """Remove what a killed process left half-written: this one holds the lock, so nobody writes there."""
+        for folder in (self.path, self.checkpoints):
+            for part in folder.glob("*.*[0-9].part"):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+        sweep(self.checkpoints, say)
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.take()
+        except Held as held:
+            raise ConfigError(
+                f"output_dir: {self.path} is being written by {held}; wait for it to end, or choose another output_dir"
+            ) from held
+
+    def release(self) -> None:
+        """Let another process have it."""
+        self._lock.release()
+
+    def set_status(self, status: str, **facts: Any) -> None:
+        """running, done, preempted or failed: what a job script tests, since launchers lose exit codes."""
+        facts = {name: redact(value) if isinstance(value, str) else value for name, value in facts.items()}
+        write_atomically(self.path / "status", json.dumps({"status": status} | facts) + "\n")
+
+
+def is_status(found: dict[str, Any]) -> bool:
+    """Whether `found` is what `RunFolder.set_status` writes."""
+    step = found.get("step", 0)
+    whole = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    named = found.get("status") in (DONE, PREEMPTED, FAILED, RUNNING)
+    return named and whole and ("step" in found or found["status"] not in (DONE, PREEMPTED))
+
+
+@contextlib.contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """What the file system says of `path`, as one sentence where another folder mends it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        if isinstance(error, OSError) and error.errno not in _MENDABLE:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"output_dir: {str(path)[:200]} cannot be used ({reason}); give a folder that can be made and written to"
+        ) from error
+
+
+def require_same_run(before: Config, now: Config) -> None:
+    """ConfigError that lists every setting that changed and must not (see _FREE_ON_RESUME)."""
+    old, new = flatten(before), flatten(now)
+    changed = [key for key in sorted(old.keys() | new.keys()) if _shown(before, old, key) != _shown(now, new, key)]
+    changed = [key for key in changed if not _is_free(key)]
+    if "train.max_steps" in changed and _only_longer(before, now):
+        changed.remove("train.max_steps")
+    if changed:
+        listed = "; ".join(f"{key} was {_shown(before, old, key)}, is {_shown(now, new, key)}" for key in changed)
+        raise ConfigError(
+            f"output_dir: {now.output_dir} holds a run with other settings ({listed}); "
+            "set them back to go on, or choose another output_dir"
+        )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_ON_RESUME)
+
+
+def _shown(config: Config, flat: dict[str, Any], key: str) -> Any:
+    """A setting as config.yaml has it: by what it refers to, and without passwords."""
+    text = config.texts.get(tuple(key.split(".")))
+    return text[0] if text is not None else redact_values(flat.get(key), key)
+
+
+def settings_digests(config: Config, run_id: str) -> dict[str, str]:
+    """For a checkpoint's manifest: a digest of each setting that a resume may not change and that is no default.
+
+    The values themselves may be secrets; the id keeps two runs' digests from telling that they share one. config.yaml
+    cannot tell that a variable of the environment has another value now, and a foreign checkpoint has none beside it.
+    """
+    defaults = flatten(Config(objective=ObjectiveConfig(sft=SFTConfig(), dpo=DPOConfig())))
+    digests = {}
+    for key, value in flatten(config).items():
+        if not _is_free(key) and key != "train.max_steps" and (key not in defaults or defaults[key] != value):
+            text = json.dumps([run_id, key, value], sort_keys=True, default=str)
+            digests[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digests
+
+
+def require_own_checkpoint(folder: Path, manifest: dict[str, Any], config: Config, run_id: str) -> None:
+    """ConfigError for a checkpoint of another run, or of other settings than this start's."""
+    if manifest.get("run", "") != run_id:
+        raise ConfigError(
+            f"{folder} is a checkpoint of another run; take it out of {folder.parent} to go on with this one"
+        )
+    if "settings" not in manifest:  # written before checkpoints told them
+        return
+    before, now = manifest["settings"], settings_digests(config, run_id)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        raise ConfigError(
+            f"{folder} was written with another value of {', '.join(changed)} (where it refers to the environment, "
+            "see there); set it back to go on, or choose another output_dir"
+        )
+
+
+def _only_longer(before: Config, now: Config) -> bool:
+    """More steps change nothing that was done, but only where the rate does not depend on the total."""
+    old, new = before.train.max_steps, now.train.max_steps
+    constant = now.optim.schedule == "constant" and now.optim.warmup_ratio == 0.0
+    return constant and old is not None and new is not None and new > old
+
+
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Full key -> value of every setting."""
+    if not dataclasses.is_dataclass(section):
+        return {prefix: section}
+    flat: dict[str, Any] = {}
+    for spec in dataclasses.fields(section):
+        flat |= flatten(getattr(section, spec.name), f"{prefix}.{spec.name}" if prefix else spec.name)
+    return flat

@@ -1,0 +1,208 @@
+"""Floating-point operations of a training step, from the model's shapes: useful ones, and those really run.
+
+Useful are one forward and one backward of what a batch shares, 2 operations a multiply-add and matrix products alone.
+What a step recomputes to save memory is work of the hardware's, not of the user's. Useful counts balance the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pivot.batch import DUMMY_SAMPLE, PackedBatch
+from pivot.data.units import Costs
+from pivot.models.decoder import query_matrix, reads_at_targets, target_matrices
+from pivot.models.head import keeps_logits
+from pivot.models.skeleton import Skeleton
+from pivot.trees import Segments
+
+MEASURE_S = {"cpu": 0.15, "cuda": 0.3}
+MEASURE_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to run at full rate, small enough to repeat in that time
+REPEATS = {"cpu": 1, "cuda": 10}  # products per reading of the clock: waiting for a GPU takes a while, too
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass, in FLOPs."""
+
+    patches: float  # an image: the patch embedding
+    encoder: float  # an image: the blocks
+    encoder_last: float  # an image: of these, each block's last product, where recomputing a block may stop
+    projector_in: float  # an image token: the first layer
+    projector_rest: float
+    blocks: float  # a token: the language model's, but for what the last block runs where it is read alone
+    blocks_last: float
+    attention: float  # a query that attends to a key, over the layers in which every token asks
+    # Of the last block, where the model reads at targets; else nothing, and it is in the three above:
+    read_query: float  # a query
+    read_attention: float  # one that attends to a key
+    read_target: float  # a target: behind its attention
+    read_target_last: float
+    head: float  # a target
+
+
+def count_forward(skeleton: Skeleton) -> Forward:
+    """A frozen or a trained model alike."""
+    tower, language_model = skeleton.vision_tower, skeleton.language_model
+    grid = (tower.facts.size // tower.facts.patch_size) ** 2
+    positions = grid + int(tower.facts.has_cls)
+    encoder, encoder_last = _block_flops(skeleton.encoder_blocks())
+    layers = language_model.model.layers
+    blocks, blocks_last = _block_flops(layers)
+    reads = reads_at_targets(language_model.config)
+    read_query = 2.0 * query_matrix(layers[-1]).numel() if reads else 0.0
+    read_target = [2.0 * p.numel() for p in target_matrices(layers[-1])] if reads else [0.0]
+    first, *rest = (2.0 * p.numel() for p in skeleton.projector.parameters() if p.ndim == 2)
+    convolutions = [m for m in tower.model.modules() if isinstance(m, nn.Conv2d)]
+    attention = 4.0 * skeleton.head_size * int(skeleton.text_config.num_attention_heads)
+    return Forward(
+        patches=sum(2.0 * grid * convolution.weight.numel() for convolution in convolutions),
+        encoder=positions * encoder + 4.0 * positions**2 * tower.width * tower.num_blocks,
+        encoder_last=positions * encoder_last,
+        projector_in=first,
+        projector_rest=sum(rest),
+        blocks=blocks - read_query - sum(read_target),
+        blocks_last=blocks_last - read_target[-1],
+        attention=(len(layers) - reads) * attention,
+        read_query=read_query,
+        read_attention=reads * attention,
+        read_target=sum(read_target),
+        read_target_last=read_target[-1],
+        head=2.0 * language_model.lm_head.weight.numel(),
+    )
+
+
+def _block_flops(blocks: nn.ModuleList) -> tuple[float, float]:
+    """(of all blocks, of each one's last matrix alone), a token."""
+    matrices = [[2.0 * p.numel() for p in block.parameters() if p.ndim == 2] for block in blocks]
+    return sum(map(sum, matrices)), sum(own[-1] for own in matrices)
+
+
+def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
+    """Useful FLOPs of a training step, forward and backward.
+
+    A part that trains pays a product for its weights' gradient; one with something trained in front of it, or inside,
+    pays one for its input's.
+    """
+    forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
+    vision, projector = (float(name in trained) for name in ("vision_tower", "projector"))
+    reached = max(vision, projector)  # a gradient runs back into the embeddings of the row
+    through = float(bool(trained))
+    encoder = (1 + vision) * forward.patches + (1 + 2 * vision) * forward.encoder
+    image_token = (1 + vision + projector) * forward.projector_in + (1 + reached + projector) * forward.projector_rest
+    num_products = _num_products(trained)
+    return Costs(
+        per_token=num_products * forward.blocks,
+        per_image_token=encoder / tokens_per_image + image_token,
+        per_query=num_products * forward.read_query,
+        per_target=num_products * (forward.read_target + forward.head),
+        per_attention=(1 + 2 * through) * forward.attention,
+        per_read_attention=(1 + 2 * through) * forward.read_attention,
+    )
+
+
+def _num_products(trained: Sequence[str]) -> float:
+    """Of a matrix of the language model: forward, its input's gradient if anything trains, its own if it trains."""
+    return 1.0 + bool(trained) + ("language_model" in trained)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """FLOPs of batches, from their shapes and host integers alone.
+
+    The plan's cost is the useful part, too, but for pairs that happen to share an image in a row: it counts each one's.
+    """
+
+    costs: Costs
+    recomputed: Costs
+    logits: float  # a target: computed again in backward, unless they were few enough to be kept
+    vocabulary: int
+    tokens_per_image: int
+
+    def useful(self, batch: PackedBatch) -> float:
+        """Forward and backward of what the row holds, once; nothing for a dummy."""
+        if bool((batch.sample_index == DUMMY_SAMPLE).all()):
+            return 0.0
+        return self._count(self.costs, batch, batch.pixel_values.shape[0] if len(batch.image_positions) else 0)
+
+    def hardware(self, batch: PackedBatch) -> float:
+        """All that is run for a micro-batch: dummies, and what is computed again."""
+        targets, images = batch.target_ids.shape[0], batch.pixel_values.shape[0]
+        found = sum(self._count(costs, batch, images) for costs in (self.costs, self.recomputed))
+        return found if keeps_logits(targets, self.vocabulary) else found + self.logits * targets
+
+    def _count(self, costs: Costs, batch: PackedBatch, images: int) -> float:
+        return (
+            costs.per_token * batch.num_tokens
+            + costs.per_image_token * images * self.tokens_per_image
+            + costs.per_query * batch.reading.queries.shape[0]
+            + costs.per_target * batch.target_ids.shape[0]
+            + costs.per_attention * attended(batch.segments)
+            + costs.per_read_attention * attended(batch.reading.segments)
+        )
+
+
+def attended(segments: Segments) -> float:
+    """Pairs of a query and a key that it attends to, over the row: causal within each chain, full to its ancestors."""
+    own, prefix = 0.0, 0
+    for chain in segments.chains:
+        queries = chain.num_queries
+        own += queries * (queries + 1) / 2
+        prefix += queries * (chain.num_keys - queries)
+    return own + prefix
+
+
+def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool) -> Counter:
+    """What is computed twice: the head's logits where they are many, with `activation_checkpointing` the blocks.
+
+    A block is recomputed up to its last product, whose output backward does not need.
+    """
+    forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
+    blocks = float(activation_checkpointing)
+    vision = blocks * float("vision_tower" in trained)
+    recomputed = Costs(
+        per_token=blocks * (forward.blocks - forward.blocks_last),
+        per_image_token=vision * (forward.encoder - forward.encoder_last) / tokens_per_image,
+        per_query=blocks * forward.read_query,
+        per_target=blocks * (forward.read_target - forward.read_target_last),
+        per_attention=blocks * forward.attention,
+        per_read_attention=blocks * forward.read_attention,
+    )
+    vocabulary = int(skeleton.language_model.lm_head.weight.shape[0])
+    return Counter(
+        training_costs(skeleton, trained),
+        recomputed,
+        logits=forward.head,
+        vocabulary=vocabulary,
+        tokens_per_image=tokens_per_image,
+    )
+
+
+def describe_flops(flops: float) -> str:
+    """12.2 TFLOP"""
+    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if flops >= unit:
+            return f"{flops / unit:.3g} {name}FLOP"
+    return f"{flops / 1e6:.3g} MFLOP"
+
+
+def measure_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product here and now, in the run's precision: what MFU is measured against.
+
+    The best of several, in about a quarter of a second; all ranks at once, since they share a machine when they train.
+    """
+    size, limit_s = MEASURE_SIZE[device.type], MEASURE_S[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best_s, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < limit_s or best_s == float("inf"):
+        before = time.perf_counter()
+        for _ in range(REPEATS[device.type]):
+            left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, (time.perf_counter() - before) / REPEATS[device.type])
+    return 2.0 * size**3 / best_s / 1e12

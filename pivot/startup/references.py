@@ -1,0 +1,125 @@
+"""Which reference log-probs a run needs, and the making of those that are missing: one path, one fingerprint.
+
+Training opens them with the engine that already holds the weights; `launch/reference.py` with a plain model per rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from pivot.batch import CHOSEN, REJECTED, PackedBatch
+from pivot.config import Config, ConfigError
+from pivot.data.plan import Plan
+from pivot.data.reference_cache import ReferenceCache, Score, reference_fingerprint
+from pivot.data.shards import ShardSet
+from pivot.models.build import Sources, build_mllm, weights_fingerprint
+from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
+from pivot.startup.screen import first_screen
+from pivot.system import distributed
+from pivot.system.distributed import World
+from pivot.system.redact import tell
+
+
+@dataclass(frozen=True)
+class References:
+    """Complete caches; None where the objective needs none, or the held-out set has no pairs."""
+
+    train: ReferenceCache | None = None
+    held_out: ReferenceCache | None = None
+
+
+def open_references(
+    config: Config, inputs: Inputs, world: World, say: Say, *, start_weights: Score | None = None
+) -> References:
+    """Open the caches of the training and the held-out set, and score what is missing. Collective.
+
+    `start_weights` scores with the weights that the run starts from, where a model of them is there anyway.
+    """
+    if not inputs.objective.needs_reference:
+        return References()
+    own = inputs.reference is inputs.sources
+    score = start_weights if own and start_weights is not None else _Lazy(partial(_build_scorer, config, inputs, world))
+    # By rank 0: it reads every byte of the weights.
+    fingerprint = distributed.broadcast(settle_fingerprint(config, inputs) if world.is_main else "")
+    dpo = config.objective.dpo
+
+    def complete(shards: ShardSet, cache_dir: Path, plan: Plan) -> ReferenceCache:
+        per_token = dpo is not None and dpo.reference_per_token
+        cache = ReferenceCache(cache_dir, fingerprint, shards, per_token=per_token)
+        missing = distributed.broadcast(cache.first_missing(plan))
+        if missing is not None:
+            started = time.monotonic()
+            loader = open_loader(config, inputs, world, plan, shards=shards, first_step=missing)
+            cache.fill(loader, score, world, say, first_step=missing)
+            say(f"reference log-probs are in {cache.folder} ({time.monotonic() - started:.0f} s, once)")
+        return cache
+
+    # Every pair once, shard by shard, so that a shard is whole, and on disk, as soon as may be.
+    every_pair = {"limit": int(inputs.plan.kept.sum()), "mixture": None, "window_shards": 1}
+    plan = inputs.another_plan(**every_pair, roles=(CHOSEN, REJECTED))
+    train = complete(inputs.shards, inputs.cache_dir, plan)
+    held_out = inputs.held_out
+    if held_out is None or not held_out.has_pairs:
+        return References(train)
+    return References(train, complete(held_out.shards, held_out.cache_dir, held_out.plan))
+
+
+def settle_fingerprint(config: Config, inputs: Inputs) -> str:
+    """What the run's reference log-probs depend on besides the shards."""
+    return reference_fingerprint(
+        weights=weights_fingerprint(inputs.reference, seed=config.train.seed),
+        processor=inputs.processor.fingerprint,
+        facts={"dtype": str(inputs.dtype), "attention": inputs.attention.name},
+    )
+
+
+class _Lazy:
+    """A scorer that is built when the first batch asks for it: a complete cache loads no weights."""
+
+    def __init__(self, build: Callable[[], Score]) -> None:
+        self._build = build
+        self._score: Score | None = None
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        if self._score is None:
+            self._score = self._build()
+        return self._score(batch)
+
+
+def _build_scorer(config: Config, inputs: Inputs, world: World) -> Score:
+    """The reference's weights in a plain model on this rank's device: whole, since nothing is differentiated."""
+    sources: Sources = inputs.reference
+    model = build_mllm(
+        sources,
+        inputs.processor,
+        seed=config.train.seed,
+        dtype=inputs.dtype,
+        loading=contextlib.nullcontext,
+        gather=lambda _: contextlib.nullcontext(),
+        attention=inputs.attention.name,
+    ).to(world.device)
+    return lambda batch: model(batch.to(world.device))
+
+
+def make_references(config: Config, *, check_only: bool = False) -> None:
+    """What `launch/reference.py` does. Collective. Raises ConfigError where the loss needs no reference."""
+    world = distributed.start(config.train.timeout_s)
+    say: Say = tell if world.is_main else lambda text: None
+    inputs = open_inputs(config, world, say)
+    say(first_screen(config, inputs, world))
+    if not inputs.objective.needs_reference:
+        loss = config.objective.dpo.loss if config.objective.dpo is not None else "sft"
+        raise ConfigError(f"objective.dpo.loss: {loss} needs no reference, so there is nothing to score")
+    if check_only:
+        return
+    found = open_references(config, inputs, world, say)
+    for name, cache in (("training set", found.train), ("held-out set", found.held_out)):
+        if cache is not None:
+            say(f"complete   {name}: {cache.folder}")

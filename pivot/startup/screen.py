@@ -1,0 +1,73 @@
+"""What a run says before its first step: data, steps, rates, memory and work, in a few lines."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pivot.config import COMPONENTS, Config
+from pivot.config_check import read_train_sources
+from pivot.data.plan import Plan
+from pivot.startup import memory
+from pivot.startup.flops import describe_flops
+from pivot.startup.inputs import Inputs
+from pivot.system.distributed import World
+from pivot.versions import describe_untested
+
+
+def _memory_setup(config: Config, inputs: Inputs, world: World) -> memory.Setup:
+    plan, budget = inputs.plan, config.train.max_tokens_per_micro_batch
+    rows = [np.array(row) for rank in plan.step(0).micro_batches for row in rank if row]
+    lengths, targets = plan.lengths, plan.lengths.completion_tokens(plan.roles)
+    return memory.Setup(
+        skeleton=inputs.skeleton,
+        trained=config.optim.trained(),
+        optimizer=config.optim.name,
+        dtype=inputs.dtype,
+        world_size=world.size,
+        zero=inputs.deepspeed["zero_optimization"],
+        row=memory.Row(
+            tokens=max(min(budget, int((lengths.prompt + targets)[row].sum())) for row in rows),
+            images=max(int(lengths.image[row].sum()) for row in rows) // inputs.processor.geometry.num_tokens,
+            targets=max(int(targets[row].sum()) for row in rows),
+        ),
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def _list_exclusions(plan: Plan) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in plan.exclusions.items()) or "none"
+
+
+def first_screen(config: Config, inputs: Inputs, world: World) -> str:
+    """What is about to run, in a few lines."""
+    plan, step = inputs.plan, inputs.plan.step(0)
+    place = "GPU" if world.device.type == "cuda" else "machine"
+    total = step.cost * inputs.total_steps
+    excluded = _list_exclusions(plan)
+    rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
+    stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
+    geometry = inputs.processor.geometry
+    train = ", ".join(source.path for source in read_train_sources(config.data.train))
+    held_out = "none (data.eval is absent)"
+    if inputs.held_out is not None:
+        held_out = f"{config.data.eval}: {inputs.held_out.num_pairs} samples, {len(inputs.held_out.questions)} answers"
+        held_out += f"; excluded: {_list_exclusions(inputs.held_out.plan)}"
+    untested = describe_untested()
+    return "\n".join(
+        [
+            *([untested] if untested else []),
+            f"data       {train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
+            f"held out   {held_out}",
+            *inputs.processor.notes,
+            *([f"positions  {inputs.warning}"] if inputs.warning else []),
+            f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each; in "
+            f"{plan.num_with_images} of {int(plan.kept.sum())} samples",
+            f"steps      {inputs.total_steps} of {config.train.global_batch_size} pairs "
+            f"({inputs.total_steps / plan.steps_per_epoch:.2f} epochs)",
+            f"rates      {rates}",
+            f"ranks      {world.size} on {world.device.type}, ZeRO stage {stage}, {str(inputs.dtype).split('.')[1]}",
+            *memory.judge(_memory_setup(config, inputs, world), *memory.memory_there(world), place),
+            f"work       {describe_flops(step.cost / step.counts.pair)} a pair, {describe_flops(total)} in all",
+            f"output     {config.output_dir}",
+        ]
+    )

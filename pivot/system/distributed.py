@@ -1,0 +1,173 @@
+"""Ranks, devices and the few collectives that the trainer itself makes; nothing here knows DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pivot.system.launcher import complete_environment
+from pivot.system.process import time_limit
+from pivot.system.quiet import silence_known_warnings
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(timeout_s: float) -> World:
+    """Join the ranks that the launcher's environment names; a lone process without a launcher is a world of one.
+
+    Raises RuntimeError when a GPU is present that torch cannot use (unless DS_ACCELERATOR says what to do), and
+    ValueError when the environment does not say who is who (see launcher.py).
+    """
+    silence_known_warnings()
+    _prepare_environment()
+    use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cuda", _own_gpu()) if use_gpu else torch.device("cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    if use_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _own_gpu() -> int:
+    """The number of this rank's GPU among those that it sees. ValueError when it is not told, or sees no such one."""
+    told, num_gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if told is None and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError("LOCAL_RANK is absent, so all ranks of a machine would share its first GPU; export it")
+    if told is not None and (not told.isdecimal() or int(told) >= num_gpus):
+        raise ValueError(
+            f"LOCAL_RANK is {told}, but this process sees {num_gpus} GPU(s); start as many ranks on a machine as it "
+            "has GPUs, or export LOCAL_RANK=0 where each process is given a GPU of its own"
+        )
+    return int(told or 0)
+
+
+def _prepare_environment() -> None:
+    if not torch.cuda.is_available() and "DS_ACCELERATOR" not in os.environ:
+        if Path("/dev/nvidia0").exists():
+            raise RuntimeError(
+                f"an NVIDIA device is present but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it; "
+                "check the driver with nvidia-smi, or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if shutil.which("ninja") is None:  # an environment that is used without being activated
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    complete_environment(os.environ)
+
+
+def stop(code: int = 1) -> None:
+    """Leave the group: without it, rank 0 can abort at exit while others still hold connections.
+
+    The process ends with `code` where that takes too long, as it may when another rank is dead.
+    """
+    if dist.is_initialized():
+        with time_limit(code):
+            dist.destroy_process_group()
+
+
+def broadcast(value: Value) -> Value:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Value) -> list[Value]:
+    """Every rank's value, on every rank, in the order of the ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def require_equal(name: str, value: object) -> None:
+    """RuntimeError on every rank unless all ranks hold the same `value`: a stale file must not become a hang."""
+    found = gather(value)
+    if any(other != found[0] for other in found):
+        listed = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(found))
+        raise RuntimeError(f"{name} differs between ranks ({listed}); do all nodes see the same files?")
+
+
+class FailedElsewhere(RuntimeError):
+    """Another rank's error, which that rank tells the reader about."""
+
+
+@contextlib.contextmanager
+def shared_failure(what: str) -> Iterator[None]:
+    """Run something that may fail on some ranks only; then all raise, the others FailedElsewhere, and none waits."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    texts = gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise FailedElsewhere(f"{what} failed on rank {rank}: {text}")
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank as soon as one rank says so."""
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR2; a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._interrupts = 0
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(name, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:  # counted: to the first Ctrl-C DeepSpeed's launcher adds a SIGTERM
+            os._exit(130)
+        self.received = signal.Signals(number).name
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """This rank's torch random states. pivot draws from nothing else: the data's order is a function of the seed."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # else there may be a GPU, but this run does not use it
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what `rng_state` gave; a state of a device that is not here is left out."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,77 @@
+"""Random scored pairs for the objectives' tests: a batch whose model part is empty, and the log-probs beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pivot.batch import CHOSEN, REJECTED, PackedBatch, StepCounts
+from pivot.objectives import Outcome
+from pivot.trees import Segments
+
+
+@dataclass
+class Pair:
+    """One pair as the plan would hold it: float32 log-probs of its targets, summed ones of its reference."""
+
+    chosen: Tensor
+    rejected: Tensor
+    reference: tuple[float, float]
+    weight: float = 1.0
+
+    @property
+    def counts(self) -> StepCounts:
+        return StepCounts(1, len(self.chosen), len(self.chosen) + len(self.rejected))
+
+
+def random_pairs(num_pairs: int, seed: int = 0) -> list[Pair]:
+    """Completions of 1 to 12 tokens; the reference is off by about a nat."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(num_pairs):
+        chosen, rejected = (-rng.exponential(2.0, rng.integers(1, 13)) for _ in range(2))
+        reference = (chosen.sum() + rng.normal(), rejected.sum() + rng.normal())
+        pairs.append(Pair(torch.tensor(chosen).float(), torch.tensor(rejected).float(), reference))
+    return pairs
+
+
+def batch_of(pairs: list[Pair], roles: tuple[str, ...] = (CHOSEN, REJECTED)) -> tuple[Tensor, PackedBatch, Tensor]:
+    """(token_logps float32[N] that wants a gradient, the batch, reference float32[C])."""
+    completions = [pair.chosen if role == CHOSEN else pair.rejected for pair in pairs for role in roles]
+    lengths = torch.tensor([len(logps) for logps in completions])
+    width = len(roles)
+    num_targets = int(lengths.sum())
+    batch = PackedBatch(
+        token_ids=torch.zeros(1, dtype=torch.int64),
+        position_ids=torch.zeros(1, dtype=torch.int64),
+        segments=Segments(np.array([0]), np.array([1]), np.array([-1])),
+        pixel_values=torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
+        image_positions=torch.zeros(0, dtype=torch.int64),
+        feature_index=torch.zeros(0, dtype=torch.int64),
+        target_positions=torch.zeros(num_targets, dtype=torch.int64),
+        target_ids=torch.zeros(num_targets, dtype=torch.int64),
+        target_completion=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        by_role={role: torch.arange(len(pairs)) * width + i for i, role in enumerate(roles)},
+        completion_tokens=lengths,
+        completion_weight=torch.tensor([pair.weight for pair in pairs for _ in roles]),
+        sample_index=torch.arange(len(pairs)),
+    )
+    reference = torch.tensor([pair.reference[i] for pair in pairs for i in range(width)], dtype=torch.float32)
+    return torch.cat(completions).requires_grad_(), batch, reference
+
+
+def step_counts(pairs: list[Pair]) -> StepCounts:
+    return sum((pair.counts for pair in pairs), StepCounts(0, 0, 0))
+
+
+def step_loss(outcome: Outcome, counts: StepCounts) -> Tensor:
+    """The loss as the trainer forms it from one micro-batch's sums."""
+    terms = [weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values()]
+    return torch.stack(terms).sum()
+
+
+def step_metrics(outcome: Outcome, counts: StepCounts) -> dict[str, float]:
+    return {name: float(term.total) / counts.denominator(term.unit) for name, term in outcome.metrics.items()}
