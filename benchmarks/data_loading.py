@@ -42,7 +42,7 @@ from pivot.data.index import INDEX_RECORD
 from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.loader import Loader, MicroBatches
 from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
-from pivot.data.plan import Plan
+from pivot.data.plan import Plan, PlanSettings
 from pivot.data.shards import ShardSet
 from pivot.geometry import EncoderFacts
 from pivot.processor import Processor
@@ -113,7 +113,7 @@ def rates(runs: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
 def compare_samples(folder: Path) -> dict[str, float]:
     shards, processor = make_set(folder), make_processor()
     build_lengths(shards, processor, folder)
-    plan = Plan(
+    settings = PlanSettings(
         fingerprint=shards.fingerprint,
         shard_sizes=shards.shard_sizes,
         lengths=load_lengths(shards, processor, folder),
@@ -124,6 +124,7 @@ def compare_samples(folder: Path) -> dict[str, float]:
         world_size=1,
         roles=("chosen", "rejected"),
     )
+    plan = Plan(settings)
     source, rows = MicroBatches(shards, plan, processor), range(len(shards))
     files = [shards.read(row)[1][0] for row in rows]
     runs: dict[str, Callable[[], Any]] = {
@@ -199,7 +200,7 @@ def open_large_set(folder: Path) -> dict[str, float]:
     shards = ShardSet.open(folder / "set")
     opened, worked = time.perf_counter() - start, time.process_time() - worked
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
-    plan = Plan(
+    settings = PlanSettings(
         fingerprint=shards.fingerprint,
         shard_sizes=shards.shard_sizes,
         lengths=letter_lengths(shards),
@@ -210,6 +211,7 @@ def open_large_set(folder: Path) -> dict[str, float]:
         world_size=1,
         roles=("chosen", "rejected"),
     )
+    plan = Plan(settings)
     for _, micro_batches in Loader(shards, plan, LetterProcessor()):  # type: ignore[arg-type]
         next(iter(micro_batches))
         break

@@ -118,12 +118,12 @@ def main() -> None:
     clock = Clock(task["device"])
     for step_plan, micro_batches in loader:
         metrics = trainer.train_step(step_plan, changed(micro_batches, take_back), loader, timer, None)
-        trainer.step = step_plan.step + 1
+        trainer.progress.step = step_plan.step + 1
         clock.tick()
         ids.append(step_plan.ids.tolist())
         losses.append(metrics["loss"])
         margins.append(metrics["rewards/margins"])
-        if trainer.step == task["steps"]:
+        if trainer.progress.step == task["steps"]:
             break
     result = {
         "seconds": clock.seconds,

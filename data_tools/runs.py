@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.console import Output, count_text
 from pivot.config import Config
@@ -17,27 +17,38 @@ from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet
 from pivot.processor import Processor
 
+if TYPE_CHECKING:
+    from pivot.models.skeleton import Skeleton
+    from pivot.startup.data import TrainingData
+
 
 @dataclass(frozen=True)
 class RunData:
+    """What a run's YAML says of its data, opened, and the parts of its model as shapes."""
+
     config: Config
     processor: Processor
-    shards: ShardSet
-    cache_dir: Path
+    data: TrainingData
+    skeleton: Skeleton
+
+    @property
+    def shards(self) -> ShardSet:
+        return self.data.shards
 
     @property
     def countable(self) -> tuple[ShardSet, Processor, Path]:
-        return self.shards, self.processor, self.cache_dir
+        return self.data.shards, self.processor, self.data.cache_dir
 
     def plan(self, world_size: int, **changes: Any) -> Plan:
-        """The plan of the run on so many ranks."""
-        import torch
+        """The plan of the run on so many ranks; `changes` are fields of PlanSettings."""
+        from pivot.objectives import build_objective
+        from pivot.startup.data import resolve_plan
 
-        from pivot.startup.inputs import build_plan
-        from pivot.system.distributed import World
-
-        world = World(rank=0, size=world_size, device=torch.device("cpu"))
-        return build_plan(self.config, self.shards, self.processor, self.cache_dir, world, **changes)
+        roles = build_objective(self.config.objective).roles
+        settings = resolve_plan(
+            self.config, self.data, self.processor, self.skeleton, roles=roles, world_size=world_size
+        )
+        return Plan(replace(settings, **changes))
 
 
 def read_overrides(options: argparse.Namespace) -> list[str]:
@@ -53,12 +64,14 @@ def open_run(config: Path, overrides: list[str]) -> RunData:
     """Open the data that a run would train on; of a remote set the index is fetched."""
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets; stdout is for the result
         from pivot.models.build import settle_sources
+        from pivot.models.skeleton import build_skeleton
         from pivot.processor import build_processor
-        from pivot.startup.inputs import open_data, settle_cache_dir
+        from pivot.startup.data import open_training_data
 
     loaded = load_config(config, overrides)
-    processor = build_processor(settle_sources(loaded).model, loaded.data)
-    return RunData(loaded, processor, open_data(loaded), settle_cache_dir(loaded, loaded.data.train))
+    model = settle_sources(loaded).model
+    processor = build_processor(model, loaded.data)
+    return RunData(loaded, processor, open_training_data(loaded), build_skeleton(model, len(processor.tokenizer)))
 
 
 def count_tokens(shards: ShardSet, processor: Processor, cache_dir: Path, output: Output, workers: int) -> None:

@@ -136,7 +136,10 @@ class Engine:
         _skip_compiling()
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
         self.stage = int(self._engine.zero_optimization_stage())
-        self.sums_in_grad = self.stage == 0  # `.grad` holds the step's sum so far; ZeRO takes it away into buckets
+        self.dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        for module in model.modules():
+            if hasattr(module, "adds_in_place"):  # see pivot.models.head: ZeRO takes `.grad` away into its buckets
+                module.adds_in_place = self.stage == 0  # type: ignore[assignment]  # nn.Module knows no bool
         if self.stage == 0 and world.size == 1:
             self._engine.enable_backward_allreduce = False  # it would copy every gradient into buckets and back
         self._require_settings(config)
@@ -156,22 +159,22 @@ class Engine:
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def step(self, step: int, *, measure: bool) -> dict[str, float]:
-        """Update the weights for optimizer step `step`; gives lr per component. With `measure`, see `norms`.
+        """Update the weights for optimizer step `step`: lr per component, and with `measure` `ComponentMeter.norms`.
 
         A gradient that is not finite, on whichever rank, changes nothing on any: `skipped_steps` is 1 then.
         """
-        rates = self._set_rates(step)
+        metrics: dict[str, float] = {f"lr/{name}": rate for name, rate in self._set_rates(step).items()}
         self._meter.start(enabled=measure)
-        metrics = {f"lr/{name}": rate for name, rate in rates.items()}
-        metrics["skipped_steps"] = int(self.stage == 0 and self._skip_at_stage_0())
-        if metrics["skipped_steps"]:
-            return metrics
-        if self.stage == 0 and measure:
-            self._meter.observe_full_gradients(self._engine.optimizer.param_groups)
-        skipped = self._engine.skipped_steps
-        self._engine.step()
-        metrics["skipped_steps"] = self._engine.skipped_steps - skipped
-        return metrics
+        if self.stage == 0 and self._skip_at_stage_0():
+            metrics["skipped_steps"] = 1
+        else:
+            if self.stage == 0 and measure:
+                self._meter.observe_full_gradients(self._engine.optimizer.param_groups)
+            before = self._engine.skipped_steps
+            self._engine.step()
+            metrics["skipped_steps"] = self._engine.skipped_steps - before
+        total_norm = self._engine.get_global_grad_norm()
+        return metrics | self._meter.norms(self.world, partitioned=self.stage > 0, total_norm=total_norm)
 
     def _skip_at_stage_0(self) -> bool:
         """Drop a gradient that is not finite; the other stages' optimizers do so themselves, ZeRO-0 has none."""
@@ -180,14 +183,6 @@ class Engine:
         if skip:
             self._engine.zero_grad()
         return skip
-
-    def squares(self) -> dict[str, Tensor]:
-        """This rank's part of the measured step's squared norms, float64[] each: sum them over the ranks."""
-        return self._meter.squares(self.stage > 0, self.world.size)
-
-    def norms(self, sums: dict[str, float]) -> dict[str, float]:
-        """Gradient norms and update ratios per component from the sums of `squares`; {} where nothing was measured."""
-        return self._meter.norms(sums, self.stage > 0, self._engine.get_global_grad_norm())
 
     def _set_rates(self, step: int) -> dict[str, float]:
         """Write the rates of `step` into the groups: a function of the step alone, so a resume cannot lose it."""

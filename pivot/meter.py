@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pivot.system.distributed import World, send
+
 # Elements; the norms of a step take some ten tensors of this size. On a CPU they stay in the cache.
 MEASURE_CHUNK = {"cpu": 2**17, "cuda": 2**22}
 
@@ -79,39 +81,32 @@ class ComponentMeter:
             direction = first / (second.sqrt() + group["eps"])  # arxiv.org/abs/1711.05101, algorithm 2
         return -lr * (direction + decay * weight) / (1 - lr * decay)
 
-    def squares(self, partitioned: bool, ranks: int) -> dict[str, Tensor]:
-        """`square/KIND/COMPONENT` -> float64[], this rank's part of each squared norm: to be summed over the ranks.
+    def norms(self, world: World, *, partitioned: bool, total_norm: float | Tensor | None) -> dict[str, float]:
+        """grad_norm (before clipping), in all and per component, and update_ratio = |update| / |weights|.
 
-        Nothing where the step was not measured, or skipped. The caller sends them along with what it sums anyway.
-        """
-        found: dict[str, Tensor] = {}
-        for name, own in self._squares.items():
-            parts = own if partitioned else own / ranks  # each rank holds the whole
-            gradient = parts[self.GRADIENT] if partitioned else self._full_gradients[name].double() / ranks
-            kinds = {"gradient": gradient, "update": parts[self.UPDATE], "weight": parts[self.WEIGHT]}
-            found |= {f"square/{kind}/{name}": value for kind, value in kinds.items()}
-        return found
-
-    def norms(self, sums: dict[str, float], partitioned: bool, total_norm: float | Tensor | None) -> dict[str, float]:
-        """grad_norm (before clipping), per component and in all, and update_ratio = |update| / |weights|.
-
-        `sums`: what `squares` gave, over all ranks.
+        {} where the step was not measured. Collective where it was: each rank holds its part (`partitioned`), or the
+        whole. `total_norm` is DeepSpeed's own gradient norm.
         """
         if not self._enabled:
             return {}
-        norms = {name.removeprefix("square/"): math.sqrt(value) for name, value in sums.items()}
-        names = sorted(name.removeprefix("gradient/") for name in norms if name.startswith("gradient/"))
-        if not names:  # the step was skipped
+        if not self._squares:  # the step was skipped
             return {"grad_norm": math.inf}
-        clipped = math.hypot(*(norms[f"gradient/{name}"] for name in names))
+        names = sorted(self._squares)
+        own = torch.stack([self._squares[name] for name in names])  # float64[components, 3]
+        if not partitioned:  # each rank holds the whole
+            own[:, self.GRADIENT] = torch.stack([self._full_gradients[name].double() for name in names])
+            own /= world.size
+        own = send(own, world.device)  # an offloaded optimizer works on the host
+        torch.distributed.all_reduce(own)
+        gradients, updates, weights = own.sqrt().T.tolist()
+        clipped = math.hypot(*gradients)
         # DeepSpeed's norm is the one before clipping; the ratio of both is the factor to undo.
         whole = clipped if not partitioned or total_norm is None else float(total_norm)
         undo = whole / clipped if clipped > 0 else 1.0
         metrics = {"grad_norm": whole}
-        for name in names:
-            weight = norms[f"weight/{name}"]
-            metrics[f"grad_norm/{name}"] = norms[f"gradient/{name}"] * undo
-            metrics[f"update_ratio/{name}"] = norms[f"update/{name}"] / weight if weight > 0 else 0.0
+        for name, gradient, update, weight in zip(names, gradients, updates, weights, strict=True):
+            metrics[f"grad_norm/{name}"] = gradient * undo
+            metrics[f"update_ratio/{name}"] = update / weight if weight > 0 else 0.0
         return metrics
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from pivot.batch import StepCounts
-from pivot.objectives import Outcome
-from pivot.system.distributed import World
+from pivot.system.distributed import World, send
+
+HIGHEST = ("wait_s", "peak_memory_gib")  # of these a step has its highest rank's, of all others the sum over the ranks
 
 
 class StepMetrics:
@@ -18,56 +19,36 @@ class StepMetrics:
     Nothing but `reduce` waits for the device, so micro-batches follow each other without a gap.
     """
 
-    def __init__(self, world: World, counts: StepCounts) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
-        self.counts = counts
-        self._sums: dict[str, Tensor] = {}
-        self._counted: dict[str, float] = {}
-        self._highest: dict[str, float] = {}
-        self._squares: dict[str, Tensor] = {}
+        self._on_device: dict[str, Tensor] = {}
+        self._on_host: dict[str, float] = {}
 
-    def add(self, outcome: Outcome, loss: Tensor) -> None:
-        """Add a micro-batch: its terms, and its share of the step's loss (already divided)."""
-        self._accumulate("loss", loss.detach())
-        for name, term in outcome.metrics.items():
-            self._accumulate(name, term.total.detach() / self.counts.denominator(term.unit))
-
-    def _accumulate(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
-
-    def count(self, **values: float) -> None:
-        """Numbers that this rank's host knows; `reduce` gives their sums over the ranks."""
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add this rank's part of the step's numbers: float[] tensors on the device, or what the host knows."""
         for name, value in values.items():
-            self._counted[name] = self._counted.get(name, 0.0) + value
+            if isinstance(value, Tensor):
+                own = self._on_device.get(name)
+                self._on_device[name] = value.float() if own is None else own + value
+            else:
+                self._on_host[name] = self._on_host.get(name, 0.0) + value
 
-    def highest(self, **values: float) -> None:
-        """The same, but `reduce` gives the highest of the ranks."""
-        self._highest |= values
+    def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(what the device summed, what the hosts told), the same on every rank: sums, or maxima for HIGHEST.
 
-    def include(self, squares: dict[str, Tensor]) -> None:
-        """Sums of this rank from elsewhere, float64[] each: `Engine.squares`."""
-        self._squares |= squares
-
-    def reduce(self) -> dict[str, float]:
-        """The step's values, the same on every rank. Collective; the one place where the host waits for them."""
-        names = sorted(self._sums, key=lambda name: (name != "loss", name))  # the loss first, as a reader looks for it
-        on_device = torch.stack([self._sums[name] for name in names]).double()
-        facts = torch.tensor([*self._counted.values(), *self._highest.values()], dtype=torch.float64)
-        squares = [send(torch.stack(list(self._squares.values())), self._world.device)] if self._squares else []
-        own = torch.cat([on_device, *squares, send(facts, self._world.device)])
+        Collective; the one place where the host waits for the step.
+        """
+        names = sorted(self._on_device, key=lambda name: (name != "loss", name))  # as a reader looks for them
+        told = sorted(self._on_host)
+        on_host = torch.tensor([self._on_host[name] for name in told], dtype=torch.float64)
+        on_device = torch.stack([self._on_device[name] for name in names]).double()
+        own = torch.cat([on_device, send(on_host, self._world.device)])
         table = own.new_empty(self._world.size, len(own))  # a row a rank: sums and maxima in one collective
         torch.distributed.all_gather_into_tensor(table.view(-1), own)
         ranks = table.cpu()
-        num_sums = len(names) + len(self._squares) + len(self._counted)
-        values = [*ranks[:, :num_sums].sum(0).tolist(), *ranks[:, num_sums:].amax(0).tolist()]
-        return dict(zip([*names, *self._squares, *self._counted, *self._highest], values, strict=True))
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; from the host through page-locked memory, since a plain copy would wait for the GPU."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        sums, highest = ranks.sum(0).tolist(), ranks.amax(0).tolist()
+        values = {n: highest[i] if n in HIGHEST else sums[i] for i, n in enumerate([*names, *told])}
+        return {name: values[name] for name in names}, {name: values[name] for name in told}
 
 
 class Timer:

@@ -78,7 +78,7 @@ def test_precision(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: computes_bf16[0])
     monkeypatch.setattr(distributed, "gather", lambda own: [own, *(own and other for other in computes_bf16[1:])])
-    assert inputs._settle_dtype(precision, World(0, 2, device)) == expected
+    assert inputs.resolve_dtype(precision, World(0, 2, device)) == expected
 
 
 def test_memory_is_that_of_the_rank_s_gpu(node: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig, VisionTowerConfi
 from pivot.evaluate.generation import _decode, _embed, _left_pad, stock_attention
 from pivot.evaluate.pairs import Terms
 from pivot.meter import ComponentMeter
-from pivot.metrics import StepMetrics, send
+from pivot.metrics import StepMetrics
 from pivot.models.attention import choice, choose_attention
 from pivot.models.attention import varlen as varlen_module
 from pivot.models.mllm import MLLM
@@ -23,7 +23,7 @@ from pivot.models.vision import build_vision_tower
 from pivot.objectives import build_objective
 from pivot.startup.selfcheck import start_margins
 from pivot.step import run_micro_batch
-from pivot.system.distributed import World
+from pivot.system.distributed import World, send
 from tests.kit.fake_gpu import GPU, fake_gpu, forbid_waits
 from tests.kit.ranks.scenarios import build_plain, merge, pair
 from tests.kit.syncs import Synchronised
@@ -113,17 +113,16 @@ def test_a_step_waits_once(folders: dict[str, Path], section: str, monkeypatch: 
     objective, batches = build_objective(OBJECTIVES[section]), rows(image)
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda table, own: table.copy_(own.repeat(2)))
     with fake_gpu():
-        engine, sums = Forward(model.to(GPU)), StepMetrics(WORLD, COUNTS)
+        engine, sums = Forward(model.to(GPU)), StepMetrics(WORLD)
         engine(batches["one image"].to(GPU))
         with forbid_waits():
             for name in ("images and text", "group of four"):
                 host = batches[name].pin_memory()
                 batch, reference = host.to(GPU), send(torch.full((host.num_completions,), -5.0), GPU)
-                logps = run_micro_batch(engine, objective, batch, reference, sums, last=True)
+                logps = run_micro_batch(engine, objective, batch, reference, COUNTS, sums, last=True)
                 assert start_margins(batch, logps, reference).device == GPU
-                sums.count(tokens=batch.num_tokens)
-            sums.include({"square/update/projector": torch.zeros((), dtype=torch.float64)})  # of an offloaded optimizer
-            sums.highest(wait_s=0.5)
+                sums.add({"tokens": batch.num_tokens})
+            sums.add({"wait_s": 0.5})
             with pytest.raises(Synchronised, match=r"Tensor.cpu waits"):  # all else is queued by then
                 sums.reduce()
 
@@ -140,7 +139,7 @@ def test_evaluation_sums_on_the_gpu(folders: dict[str, Path]) -> None:
     terms.add(outcome, host)
 
 
-def test_norms_are_measured_on_the_gpu() -> None:
+def test_norms_are_measured_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the optimizer as it is once it has stepped: where AdamW is fused, its step counter lies on the GPU, too."""
 
     class Stepped:
@@ -149,6 +148,8 @@ def test_norms_are_measured_on_the_gpu() -> None:
             group = {"params": [weight], "component": "projector", "lr": 1e-3, "weight_decay": 0.1}
             self.param_groups = [group | {"betas": (0.9, 0.95), "eps": 1e-8}]
 
+    summed: list[torch.device] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: summed.append(own.device))
     meter = ComponentMeter("adamw")
     meter.start(enabled=True)
     with fake_gpu():
@@ -159,8 +160,9 @@ def test_norms_are_measured_on_the_gpu() -> None:
         with forbid_waits():
             meter.observe_full_gradients(stepped.param_groups)
             meter.observe(stepped)  # type: ignore[arg-type]
-            squares = meter.squares(True, 2)
-        assert {value.device for value in squares.values()} == {GPU}
+            with pytest.raises(Synchronised):  # the one read, of what all ranks have summed
+                meter.norms(World(0, 2, GPU), partitioned=True, total_norm=1.0)
+    assert summed == [GPU]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -52,9 +52,9 @@ def test_a_micro_batch_waits_for_nothing(engine: tuple[Plain, int], section: Obj
     plain, image = engine
     batch = merge([pair(seed, image, with_image=with_image) for seed in range(4)], image)
     reference = torch.full((batch.num_completions,), -5.0)
-    sums = StepMetrics(WORLD, COUNTS)
+    sums = StepMetrics(WORLD)
     with forbid_syncs():
-        run_micro_batch(plain, build_objective(section), batch, reference, sums, last=True)
+        run_micro_batch(plain, build_objective(section), batch, reference, COUNTS, sums, last=True)
     assert all(p.grad is not None for p in plain.model.parameters())
 
 
@@ -99,7 +99,8 @@ def test_a_wait_is_noticed(engine: tuple[Plain, int], name: str, place: str) -> 
             reading_objective,  # type: ignore[arg-type]
             batch,
             torch.zeros(2),
-            StepMetrics(WORLD, COUNTS),
+            COUNTS,
+            StepMetrics(WORLD),
             last=True,
         )
 
@@ -111,10 +112,10 @@ def test_a_micro_batch_waits_for_nothing_on_a_gpu(tmp_path: Path) -> None:
     model, image = build_plain(tiny_llava(tmp_path))
     plain, objective = Plain(model.to(device)), build_objective(ObjectiveConfig(dpo=MIX))
     batches = [merge([pair(4 * i + j, image, with_image=True) for j in range(4)], image).to(device) for i in range(2)]
-    reference, sums = torch.full((8,), -5.0, device=device), StepMetrics(WORLD, COUNTS)
+    reference, sums = torch.full((8,), -5.0, device=device), StepMetrics(WORLD)
     for number, batch in enumerate(batches):
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one fills caches
         try:
-            run_micro_batch(plain, objective, batch, reference, sums, last=True)
+            run_micro_batch(plain, objective, batch, reference, COUNTS, sums, last=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -10,7 +10,7 @@ from data_tools.copying import open_sets
 from data_tools.letters import LetterProcessor, letter_lengths
 from data_tools.runs import RunData, count_tokens, num_uncounted, open_run, read_overrides
 from data_tools.simulate import balance, load_ranks, plan_ranks, sample_ids
-from pivot.data.plan import Plan
+from pivot.data.plan import Plan, PlanSettings
 from pivot.data.samples import ROLES_OF_KIND
 from pivot.data.shards import ShardSet
 
@@ -64,7 +64,7 @@ def _from_folder(options: argparse.Namespace) -> tuple[ShardSet, Plan, Any]:
     if options.folder is None:
         raise ValueError("name a packed set, or a run's YAML with --config")
     shards = open_sets([options.folder])
-    plan = Plan(
+    settings = PlanSettings(
         fingerprint=shards.fingerprint,
         shard_sizes=shards.shard_sizes,
         lengths=letter_lengths(shards),
@@ -76,6 +76,7 @@ def _from_folder(options: argparse.Namespace) -> tuple[ShardSet, Plan, Any]:
         roles=ROLES_OF_KIND[shards.kind],
         describe=shards.describe,
     )
+    plan = Plan(settings)
     return shards, plan, LetterProcessor()
 
 

@@ -67,7 +67,7 @@ class MicroBatches(Dataset):
 
     def __init__(self, shards: ShardSet, plan: Plan, processor: Processor) -> None:
         self._shards, self._processor = shards, processor
-        self._lengths, self._roles, self._image_trees = plan.lengths, plan.roles, plan.image_trees
+        self._lengths, self._roles, self._image_trees = plan.lengths, plan.roles, plan.settings.image_trees
 
     def __getitem__(self, task: Task) -> Made | Exception:
         """The micro-batch, or the error that ends the run: raised here it would be buried in torch's report of it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,71 +45,84 @@ class StepPlan:
         return len(self.micro_batches[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What decides a plan: the data, its order, and how a step is cut and dealt."""
+
+    fingerprint: str  # of the data set
+    shard_sizes: Sequence[int]  # samples of each shard
+    lengths: Lengths
+    seed: int
+    global_batch_size: int
+    max_tokens: int  # of a pair; longer ones are excluded
+    max_tokens_per_micro_batch: int
+    world_size: int
+    roles: tuple[str, ...]  # the completions that are scored
+    costs: Costs = PLAIN_COSTS
+    window_shards: int | None = None  # shards that the order draws from at a time; None: all of them
+    mixture: Sequence[Source] | None = None
+    excluded: np.ndarray | None = None  # bool[rows]: what an exclude list names
+    # Ends the stream after so many positions, for evaluation and for visiting each pair once; the last step may then
+    # hold fewer pairs.
+    limit: int | None = None
+    image_trees: bool = False  # the pairs of one image follow each other in the order and share a row's image
+    describe: Callable[[int], str] = "row {}".format  # names a row in messages
+
+
 class Plan:
     """The steps of a run over one data set, or over a `mixture` of the sets that it joins.
-
-    `excluded` is bool[rows]: what an exclude list names. `limit` ends the stream after that many positions, for
-    evaluation and for visiting each pair once; the last step may then hold fewer pairs. With `image_trees` the pairs of
-    one image follow each other in the order and share a row's image. `describe` names a row in messages.
 
     Raises ValueError when nothing is kept, when `roles` asks for completions that samples lack, and when the longest
     kept pair is over the micro-batch budget.
     """
 
-    def __init__(
-        self,
-        *,
-        fingerprint: str,
-        shard_sizes: Sequence[int],
-        lengths: Lengths,
-        seed: int,
-        global_batch_size: int,
-        max_tokens: int,
-        max_tokens_per_micro_batch: int,
-        world_size: int,
-        roles: tuple[str, ...],
-        costs: Costs = PLAIN_COSTS,
-        window_shards: int | None = None,
-        mixture: Sequence[Source] | None = None,
-        excluded: np.ndarray | None = None,
-        limit: int | None = None,
-        image_trees: bool = False,
-        describe: Callable[[int], str] = "row {}".format,
-    ) -> None:
-        assert sum(shard_sizes) == len(lengths), "lengths of another data set"
-        self.lengths, self.seed, self.roles, self.limit, self.image_trees = lengths, seed, roles, limit, image_trees
-        self.global_batch_size, self.world_size = global_batch_size, world_size
-        self._budget = max_tokens_per_micro_batch
-        self.kept, self.exclusions = _exclude(lengths, max_tokens, excluded)  # bool[rows], reason -> count
-        self.parts: dict[str, Any] = {
-            "data": fingerprint[:16],
-            "lengths": lengths.fingerprint[:16],
-            "seed": seed,
-            "data.max_tokens": max_tokens,
-            "window_shards": window_shards,
-            "order_version": ORDER_VERSION,
-        }
-        if image_trees:
-            self.parts["data.image_trees"] = True
-        if mixture:
-            self.parts["mixture"] = [source.facts() for source in mixture]
-        if excluded is not None and excluded.any():
-            self.parts["data.exclude"] = hashlib.sha256(np.packbits(excluded).tobytes()).hexdigest()[:16]
+    def __init__(self, settings: PlanSettings) -> None:
+        lengths, excluded = settings.lengths, settings.excluded
+        assert sum(settings.shard_sizes) == len(lengths), "lengths of another data set"
+        self.settings, self.lengths, self.roles, self.limit = settings, lengths, settings.roles, settings.limit
+        self.global_batch_size, self.world_size = settings.global_batch_size, settings.world_size
+        self.kept, self.exclusions = _exclude(lengths, settings.max_tokens, excluded)  # bool[rows], reason -> count
+        self.parts = self._name_parts()
         if not self.kept.any():
             raise ValueError(f"no sample is left to train on; excluded: {self.exclusions}")
-        if REJECTED in roles and not lengths.rejected[self.kept].all():
+        if REJECTED in self.roles and not lengths.rejected[self.kept].all():
             row = int(np.flatnonzero(self.kept & (lengths.rejected == 0))[0])
-            raise ValueError(f"{describe(row)} has no rejected completion; a preference objective needs pairs")
-        self._groups = lengths.image_groups() if image_trees else None
-        self._work = Work(lengths, roles, costs, self._groups)
-        self._check_budget(describe)
+            raise ValueError(f"{settings.describe(row)} has no rejected completion; a preference objective needs pairs")
+        groups = lengths.image_groups() if settings.image_trees else None
+        self._work = Work(lengths, self.roles, settings.costs, groups)
+        self._check_budget()
         self._order: EpochOrder | MixtureOrder
-        if mixture:
-            assert sum(source.samples for source in mixture) == len(lengths), "lengths of another mixture"
-            self._order = MixtureOrder(mixture, self.kept, seed, window_shards, self._groups)
+        order = (self.kept, settings.seed, settings.window_shards, groups)
+        if settings.mixture:
+            assert sum(source.samples for source in settings.mixture) == len(lengths), "lengths of another mixture"
+            self._order = MixtureOrder(settings.mixture, *order)
         else:
-            self._order = EpochOrder(fingerprint, shard_sizes, self.kept, seed, window_shards, self._groups)
+            self._order = EpochOrder(settings.fingerprint, settings.shard_sizes, *order)
         self.num_pairs = self._order.num_rows  # of one epoch; a mixture may repeat rows or leave some for the next
+
+    def _name_parts(self) -> dict[str, Any]:
+        """What decides the order, by name: a resume tells from it what has changed."""
+        settings = self.settings
+        parts: dict[str, Any] = {
+            "data": settings.fingerprint[:16],
+            "lengths": settings.lengths.fingerprint[:16],
+            "seed": settings.seed,
+            "data.max_tokens": settings.max_tokens,
+            "window_shards": settings.window_shards,
+            "order_version": ORDER_VERSION,
+        }
+        if settings.image_trees:
+            parts["data.image_trees"] = True
+        if settings.mixture:
+            parts["mixture"] = [source.facts() for source in settings.mixture]
+        if settings.excluded is not None and settings.excluded.any():
+            packed = np.packbits(settings.excluded).tobytes()
+            parts["data.exclude"] = hashlib.sha256(packed).hexdigest()[:16]
+        return parts
+
+    def another(self, **changes: Any) -> Plan:
+        """Another walk over the same data; `changes` are fields of PlanSettings."""
+        return Plan(replace(self.settings, **changes))
 
     @property
     def fingerprint(self) -> str:
@@ -138,11 +151,11 @@ class Plan:
 
     def step(self, step: int) -> StepPlan:
         """The step dealt to ranks by cost and cut into micro-batches, equally many on every rank."""
-        ids = self.step_ids(step)
-        units = self._work.units(ids, max_tokens=self._budget, num_shares=self.world_size)
+        ids, budget = self.step_ids(step), self.settings.max_tokens_per_micro_batch
+        units = self._work.units(ids, max_tokens=budget, num_shares=self.world_size)
         costs, tokens = [unit.cost for unit in units], [unit.tokens for unit in units]
         shares = deal(costs, self.world_size)
-        rows = cut(shares, costs, tokens, self._budget)
+        rows = cut(shares, costs, tokens, budget)
         loads = [sum(costs[unit] for row in rank for unit in row) for rank in rows]
         return StepPlan(
             step=step,
@@ -165,7 +178,7 @@ class Plan:
         """Where a run stands after `steps` steps, for its checkpoint."""
         pairs = steps * self.global_batch_size
         position = {"epoch": pairs // self.num_pairs, "pairs": pairs, "steps": steps, "masked": masked}
-        plan = {"plan_fp": self.fingerprint, "seed": self.seed, "plan": self.parts}
+        plan = {"plan_fp": self.fingerprint, "seed": self.settings.seed, "plan": self.parts}
         return {"format": STATE_FORMAT, **plan, **position}
 
     def check_state(self, state: dict[str, Any]) -> int:
@@ -189,12 +202,13 @@ class Plan:
             )
         return int(state["steps"])
 
-    def _check_budget(self, describe: Callable[[int], str]) -> None:
+    def _check_budget(self) -> None:
+        budget, describe = self.settings.max_tokens_per_micro_batch, self.settings.describe
         longest = int(np.argmax(np.where(self.kept, self._work.tokens, 0)))
         tokens = int(self._work.tokens[longest])
-        if tokens > self._budget:
+        if tokens > budget:
             raise ValueError(
-                f"train.max_tokens_per_micro_batch is {self._budget}, but the longest pair, {describe(longest)}, "
+                f"train.max_tokens_per_micro_batch is {budget}, but the longest pair, {describe(longest)}, "
                 f"needs {tokens} tokens; raise it to {tokens}, or lower data.max_tokens to exclude such pairs"
             )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pivot.batch import CHOSEN, REJECTED
 from pivot.data.lengths import build_lengths, load_lengths
-from pivot.data.plan import Plan
+from pivot.data.plan import Plan, PlanSettings
 from pivot.data.remote import ShardCache
 from pivot.data.samples import Sample, message_text
 from pivot.data.shards import ShardSet
@@ -97,7 +97,7 @@ def open_held_out(
     lengths = load_lengths(shards, processor, cache_dir)
     if lengths.rejected.all():
         roles = (CHOSEN, REJECTED)
-    plan = Plan(
+    settings = PlanSettings(
         fingerprint=shards.fingerprint,
         shard_sizes=shards.shard_sizes,
         lengths=lengths,
@@ -110,6 +110,7 @@ def open_held_out(
         roles=roles,
         describe=shards.describe,
     )
+    plan = Plan(settings)
     plan.limit = min(num_samples, plan.num_pairs)  # only the plan knows how many pairs it keeps
     distributed.require_equal("the held-out plan", plan.fingerprint)
     return _read_texts(shards, plan, cache_dir)

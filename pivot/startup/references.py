@@ -47,7 +47,7 @@ def open_references(
     own = inputs.reference is inputs.sources
     score = start_weights if own and start_weights is not None else _Lazy(partial(_build_scorer, config, inputs, world))
     # By rank 0: it reads every byte of the weights.
-    fingerprint = distributed.broadcast(settle_fingerprint(config, inputs) if world.is_main else "")
+    fingerprint = distributed.broadcast(resolve_fingerprint(config, inputs) if world.is_main else "")
     dpo = config.objective.dpo
 
     def complete(shards: ShardSet, cache_dir: Path, plan: Plan) -> ReferenceCache:
@@ -63,15 +63,15 @@ def open_references(
 
     # Every pair once, shard by shard, so that a shard is whole, and on disk, as soon as may be.
     every_pair = {"limit": int(inputs.plan.kept.sum()), "mixture": None, "window_shards": 1}
-    plan = inputs.another_plan(**every_pair, roles=(CHOSEN, REJECTED))
-    train = complete(inputs.shards, inputs.cache_dir, plan)
+    plan = inputs.plan.another(**every_pair, roles=(CHOSEN, REJECTED))
+    train = complete(inputs.data.shards, inputs.data.cache_dir, plan)
     held_out = inputs.held_out
     if held_out is None or not held_out.has_pairs:
         return References(train)
     return References(train, complete(held_out.shards, held_out.cache_dir, held_out.plan))
 
 
-def settle_fingerprint(config: Config, inputs: Inputs) -> str:
+def resolve_fingerprint(config: Config, inputs: Inputs) -> str:
     """What the run's reference log-probs depend on besides the shards."""
     return reference_fingerprint(
         weights=weights_fingerprint(inputs.reference, seed=config.train.seed),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from pivot.config import COMPONENTS, Config
-from pivot.config_check import read_train_sources
 from pivot.data.plan import Plan
 from pivot.startup import memory
 from pivot.startup.flops import describe_flops
@@ -47,7 +46,7 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
     stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
     geometry = inputs.processor.geometry
-    train = ", ".join(source.path for source in read_train_sources(config.data.train))
+    train = ", ".join(source.path for source in inputs.data.sources)
     held_out = "none (data.eval is absent)"
     if inputs.held_out is not None:
         held_out = f"{config.data.eval}: {inputs.held_out.num_pairs} samples, {len(inputs.held_out.questions)} answers"
@@ -56,7 +55,7 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     return "\n".join(
         [
             *([untested] if untested else []),
-            f"data       {train}: {plan.num_pairs} of {len(inputs.shards)} samples; excluded: {excluded}",
+            f"data       {train}: {plan.num_pairs} of {len(inputs.data.shards)} samples; excluded: {excluded}",
             f"held out   {held_out}",
             *inputs.processor.notes,
             *([f"positions  {inputs.warning}"] if inputs.warning else []),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_tools.pack import PackOptions, pack
 from pivot.data.lengths import LENGTH_RECORD, Lengths, build_lengths, load_lengths
-from pivot.data.plan import Plan
+from pivot.data.plan import Plan, PlanSettings
 from pivot.data.shards import ShardSet
 from pivot.geometry import ImageGeometry
 from pivot.processor import EncodedPair
@@ -133,7 +133,7 @@ def plan_of(lengths: Lengths, **changes: Any) -> Plan:
         "world_size": 2,
         "roles": ("chosen", "rejected"),
     }
-    return Plan(lengths=lengths, **(settings | changes))
+    return Plan(PlanSettings(lengths=lengths, **(settings | changes)))
 
 
 def random_lengths(count: int, seed: int = 0) -> Lengths:

@@ -60,7 +60,7 @@ def test_killed_it_goes_on_with_the_shard_that_is_missing(folder: Path, tmp_path
     """SIGKILL while the third shard is written: two stay as they are, and the end is that of an unbroken run."""
     dying = (
         "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); from launch.command import main\n"
-        "from pivot import reference; write, written = reference.write_array, []\n"
+        "from pivot.data import reference_cache as reference; write, written = reference.write_array, []\n"
         "def once(path, array):\n"
         "    if len(written) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    written.append(path); write(path, array)\n"
@@ -108,7 +108,7 @@ def fingerprint(folder: Path, *overrides: str, **changes: object) -> str:
     world = distributed.start(60.0)
     try:
         inputs = dataclasses.replace(open_inputs(config, world, lambda text: None), **changes)
-        return scoring.settle_fingerprint(config, inputs)
+        return scoring.resolve_fingerprint(config, inputs)
     finally:
         distributed.stop()
 
@@ -178,12 +178,12 @@ def test_values_per_token_sum_to_the_stored_sums(folder: Path, tmp_path: Path) -
     try:
         config = load_config(folder / "run.yaml", [f"data.cache_dir={cache}"], "dpo")
         inputs: Inputs = open_inputs(config, world, lambda text: None)
-        found = ReferenceCache(cache, scoring.settle_fingerprint(config, inputs), inputs.shards, per_token=True)
+        found = ReferenceCache(cache, scoring.resolve_fingerprint(config, inputs), inputs.data.shards, per_token=True)
     finally:
         distributed.stop()
-    plan, scored = inputs.another_plan(limit=inputs.plan.num_pairs, max_tokens_per_micro_batch=500), 0
+    plan, scored = inputs.plan.another(limit=inputs.plan.num_pairs, max_tokens_per_micro_batch=500), 0
     assert found.first_missing(plan) is None
-    for _, micro_batches in Loader(inputs.shards, plan, inputs.processor):
+    for _, micro_batches in Loader(inputs.data.shards, plan, inputs.processor):
         for batch in micro_batches:
             tokens = found.lookup_tokens(batch)
             assert tokens.shape == batch.target_ids.shape and bool((tokens < 0).all())
@@ -200,15 +200,15 @@ def test_a_token_too_few_is_an_error(folder: Path, tmp_path: Path) -> None:
     try:
         config = load_config(folder / "run.yaml", [f"data.cache_dir={cache}"], "dpo")
         inputs = open_inputs(config, world, lambda text: None)
-        print_of = scoring.settle_fingerprint(config, inputs)
+        print_of = scoring.resolve_fingerprint(config, inputs)
     finally:
         distributed.stop()
     for path in (cache / "ref").rglob("*.offsets.npy"):
         offsets = np.load(path)
         offsets[1:] -= 1
         np.save(path, offsets)
-    found = ReferenceCache(cache, print_of, inputs.shards, per_token=True)
-    _, micro_batches = next(iter(Loader(inputs.shards, inputs.plan, inputs.processor)))
+    found = ReferenceCache(cache, print_of, inputs.data.shards, per_token=True)
+    _, micro_batches = next(iter(Loader(inputs.data.shards, inputs.plan, inputs.processor)))
     with pytest.raises(ValueError, match="expected .*; delete the folder"):
         for batch in micro_batches:
             found.lookup_tokens(batch)

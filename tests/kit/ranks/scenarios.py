@@ -70,7 +70,6 @@ def build(
     ).train()
     model.enable_activation_checkpointing(recompute)
     engine = Engine(model, settings, optim, lambda step, floor: 1.0, world())
-    model.language_model.lm_head.adds_in_place = engine.sums_in_grad
     return engine, processor.image_token_id
 
 
@@ -115,10 +114,7 @@ def run_step(
         engine.backward(_loss(engine, row, num_pairs), last=number == len(rows) - 1)
     if not update:
         return {}
-    metrics, squares = engine.step(step, measure=measure), engine.squares()
-    for value in squares.values():
-        dist.all_reduce(value)
-    return metrics | engine.norms({name: float(value) for name, value in squares.items()})
+    return engine.step(step, measure=measure)
 
 
 def _loss(model: Callable[[PackedBatch], Tensor], row: PackedBatch, num_pairs: int) -> Tensor:

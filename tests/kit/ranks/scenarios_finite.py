@@ -117,7 +117,7 @@ def attempt(folder: Path, name: str, bad_steps: set[int], *, weights: bool = Fal
 
 def spoil_logps(bad_steps: set[int]) -> Any:
     def spoilt(trainer: Trainer, *arguments: Any) -> dict[str, float]:
-        factor = float("nan") if trainer.step + 1 in bad_steps else 1.0
+        factor = float("nan") if trainer.progress.step + 1 in bad_steps else 1.0
         with mock.patch.object(Engine, "__call__", lambda engine, batch: factor * CALL(engine, batch)):
             return TRAIN_STEP(trainer, *arguments)
 
@@ -127,7 +127,7 @@ def spoil_logps(bad_steps: set[int]) -> Any:
 def spoil_weights(bad_steps: set[int]) -> Any:
     def spoilt(trainer: Trainer, *arguments: Any) -> dict[str, float]:
         metrics = TRAIN_STEP(trainer, *arguments)
-        if trainer.step + 1 in bad_steps:
+        if trainer.progress.step + 1 in bad_steps:
             next(trainer.model.parameters()).data.view(-1)[0] = float("nan")
         return metrics
 
