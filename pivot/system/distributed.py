@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pivot.system.launcher import complete_environment
 from pivot.system.process import time_limit
-from pivot.system.quiet import silence_known_warnings
+from pivot.system.quiet import silence_known_output
 
 Value = TypeVar("Value")
 
@@ -43,7 +43,7 @@ def start(timeout_s: float) -> World:
     Raises RuntimeError when a GPU is present that torch cannot use (unless DS_ACCELERATOR says what to do), and
     ValueError when the environment does not say who is who (see launcher.py).
     """
-    silence_known_warnings()
+    silence_known_output()
     _prepare_environment()
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", _own_gpu()) if use_gpu else torch.device("cpu")

@@ -19,7 +19,13 @@ KNOWN = [
 ]
 
 
-def silence_known_warnings() -> None:
-    """From here on this process does not show the warnings in `KNOWN`."""
+def silence_known_output() -> None:
+    """From here on this process shows neither the warnings in `KNOWN` nor transformers' progress bars.
+
+    Every rank would draw a bar of its own, over our lines and each other's, and into a job's output file.
+    """
+    from transformers.utils import logging  # here: it takes a while, and only processes that train come by
+
     for message in KNOWN:
         warnings.filterwarnings("ignore", message=re.escape(message) + r"\Z")
+    logging.disable_progress_bar()
