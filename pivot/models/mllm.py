@@ -1,6 +1,6 @@
 """The multimodal LLM: images -> features -> a row of tokens in prefix trees -> log-probs of its targets.
 
-Letters as in `pivot.batch`: T tokens, I images, F image tokens, N targets; D hidden width.
+Letters as in `pivot.batch`: T tokens, I images, F image tokens, N targets; P patch features an image, D hidden width.
 """
 
 from __future__ import annotations
@@ -54,18 +54,29 @@ class MLLM(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """float32[N]: the log-probability of each target. One call of each module, whatever the batch holds.
 
-        With no image the dummy's features go nowhere, but they stay in the graph: `index_copy` of nothing still
-        passes an exact zero back, so every rank runs the encoder's backward and ZeRO-3 finds a fresh gradient.
+        1. the encoder turns the images into patch features; 2. the projector maps them to image features; 3. they take
+        the places of the image tokens' embeddings; 4. the decoder runs over the prefix trees; 5. the head scores the
+        targets, and them alone.
         """
         with self._recomputing():
-            hidden = self._hidden_states(batch)  # [N, D]
-        return self.language_model.lm_head(hidden, batch.target_ids)
+            patches = self.vision_tower(batch.pixel_values)  # 1. [I, P, encoder's width]
+            features = self.projector(patches).flatten(0, 1)  # 2. [I * P, D]
+            embeddings = self._embed(batch, features)  # 3. [T, D]
+            hidden = self._decode(batch, embeddings)  # 4. [N, D]
+        return self.language_model.lm_head(hidden, batch.target_ids)  # 5. [N]
 
-    def _hidden_states(self, batch: PackedBatch) -> Tensor:
-        features = self.projector(self.vision_tower(batch.pixel_values)).flatten(0, 1)  # [I * features, D]
+    def _embed(self, batch: PackedBatch, features: Tensor) -> Tensor:
+        """The row's embeddings, with image features where its image tokens are.
+
+        With no image the dummy's features go nowhere, but they stay in the graph: `index_copy` of nothing still passes
+        an exact zero back, so every rank runs the encoder's backward and ZeRO-3 finds a fresh gradient.
+        """
         embeddings = self.language_model.get_input_embeddings()(batch.token_ids)  # [T, D]
-        chosen = features[batch.feature_index].to(embeddings.dtype)  # [F, D]
-        embeddings = embeddings.index_copy(0, batch.image_positions, chosen)
+        shown = features[batch.feature_index].to(embeddings.dtype)  # [F, D]
+        return embeddings.index_copy(0, batch.image_positions, shown)
+
+    def _decode(self, batch: PackedBatch, embeddings: Tensor) -> Tensor:
+        """The last hidden states at the target positions; a family that `streamline` knows works out no others."""
         reading = {"reading": batch.reading} if self._reads_at_targets else {}
         hidden = self.language_model.model(
             inputs_embeds=embeddings[None],

@@ -158,7 +158,7 @@ def _longest_text(config: Config) -> int:
 
 
 def resolve_dtype(precision: str, world: World) -> torch.dtype:
-    """The dtype of all ranks. Collective: auto is bf16 where every GPU computes in it, not by emulation, which is slow."""
+    """The dtype of all ranks: auto is bf16 where every GPU computes in it, not by slow emulation. Collective."""
     if precision == "auto":
         fast = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if all(distributed.gather(fast)) else "fp32"
