@@ -27,6 +27,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from pivot.config import COMPONENTS, ConfigError, OptimConfig
 from pivot.meter import ComponentMeter
+from pivot.run.zero_files import MASTER as MASTER_WEIGHTS
+from pivot.run.zero_files import SavedShards
 from pivot.startup.memory import MASTER, MOMENTS
 from pivot.system.distributed import World, any_rank
 
@@ -130,6 +132,7 @@ class Engine:
         self._schedule = schedule
         self._meter = ComponentMeter(optim.name)
         groups = _parameter_groups(model, optim)
+        self._trained: list[list[nn.Parameter]] = [group["params"] for group in groups]  # DeepSpeed empties its own
         self._optimizer = _build_optimizer(groups, optim, config)
         self._optimizer.register_step_post_hook(self._meter.observe)
         logging.getLogger("DeepSpeed").setLevel(os.environ.get("PIVOT_DEEPSPEED_LOG", "WARNING"))
@@ -212,6 +215,78 @@ class Engine:
             raise ValueError(f"{folder / tag}: a file holds {what}, which training never writes there") from error
         if path is None:
             raise RuntimeError(f"{folder / tag}: DeepSpeed loaded nothing; the checkpoint is not one of this stage")
+
+    @torch.no_grad()
+    def load_reshaped(self, folder: Path) -> None:
+        """Restore a checkpoint that another number of ranks or another ZeRO stage wrote, bit by bit. Collective.
+
+        Each rank maps all shards and takes its own part, a parameter at a time, so that no second copy of the model
+        comes into memory. Rates, decay and betas are those of the config, as ever: of a checkpoint none count.
+        ValueError where the shards are not of this model; RuntimeError where DeepSpeed holds other weights afterwards.
+        """
+        if self.stage == 0:
+            raise ValueError(f"{folder}: only ZeRO-1, 2 and 3 can take over the shards of others; set deepspeed to one")
+        with _inert_loading():
+            saved = SavedShards(folder, lambda path: torch.load(path, map_location="cpu", mmap=True))
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        _require_same_parameters(saved, [name_of[parameter] for group in self._trained for parameter in group])
+        for index, (parameters, master) in enumerate(zip(self._trained, self._masters(), strict=True)):
+            moments = {kind: torch.zeros_like(master) for kind in saved.kinds if kind != MASTER_WEIGHTS}
+            for parameter, own, place in self._placements(parameters):
+                for kind, target in ({MASTER_WEIGHTS: master} | moments).items():
+                    values = saved.read(name_of[parameter], kind)[own]
+                    target[place.start : place.start + len(values)].copy_(values)
+            if moments:
+                counted = saved.num_updates(index)
+                is_tensor = isinstance(self._optimizer, torch.optim.AdamW)  # DeepSpeed's counts in a plain number
+                step = torch.tensor(float(counted), device=master.device) if is_tensor else counted
+                self._optimizer.state[master] = {"step": step, **moments}
+        for name, parameter in self.model.named_parameters():
+            whole = saved.read(name, MASTER_WEIGHTS) if parameter.requires_grad else saved.read_frozen(name)
+            if whole is not None:
+                self._set_weights(name, parameter, whole)
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's flat fp32 part of each trained component, by the names that DeepSpeed's optimizers give it."""
+        optimizer = self._engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(optimizer, name):
+                return getattr(optimizer, name)
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__}'s {type(optimizer).__name__} keeps its master weights elsewhere than "
+            "known; go on with the number of ranks and the ZeRO stage before"
+        )
+
+    def _placements(self, parameters: list[Any]) -> Iterator[tuple[Any, slice, slice]]:
+        """(parameter, which of its elements this rank keeps, where they lie in the rank's flat part of the group)."""
+        start = 0
+        for parameter in parameters:
+            if self.stage == 3:  # every parameter is cut into equal parts, the last one padded
+                part = -(-parameter.ds_numel // self.world.size)
+                own, place = slice(part * self.world.rank, part * (self.world.rank + 1)), slice(start, start + part)
+                start += part
+            elif parameter._hp_mapping is None:  # none of it is this rank's
+                continue
+            else:
+                inside, flat = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
+                own = slice(inside.start, inside.start + inside.numel)
+                place = slice(flat.start, flat.start + flat.numel)
+            yield parameter, own, place
+
+    def _set_weights(self, name: str, parameter: Any, values: Tensor) -> None:
+        """Set a whole weight, [numel], and see that its master, where it has one, is the same."""
+        partitioned = hasattr(parameter, "ds_id")
+        shape = parameter.ds_shape if partitioned else parameter.shape
+        with deepspeed.zero.GatheredParameters([parameter] if partitioned else [], modifier_rank=0):
+            if not partitioned or self.world.is_main:
+                parameter.data.copy_(values.view(shape))
+        if parameter.requires_grad:
+            held = deepspeed.utils.safe_get_full_fp32_param(parameter)
+            if held is None or not torch.equal(held.flatten().cpu(), values):
+                raise RuntimeError(
+                    f"{name}: DeepSpeed {deepspeed.__version__} holds another master weight than the checkpoint's, so "
+                    "its parts lie elsewhere than expected; go on with the number of ranks and the ZeRO stage before"
+                )
 
     def unknown_classes(self, path: Path) -> list[str]:
         """What a file of torch.save names beyond tensors, plain values and DeepSpeed's own; nothing of it is run."""
@@ -318,6 +393,15 @@ class Engine:
         for key, (found, expected) in held.items():
             if found != expected:
                 raise RuntimeError(f"DeepSpeed holds {key} = {found}, expected {expected}; write it in the JSON")
+
+
+def _require_same_parameters(saved: SavedShards, trained: list[str]) -> None:
+    unlike = sorted(set(saved.names) ^ set(trained))
+    if unlike:
+        raise ValueError(
+            f"{saved.folder}: its shards train {len(saved.names)} parameters, this run {len(trained)}; the first that "
+            f"only one of them has is {unlike[0]}"
+        )
 
 
 def _is_parameter(tensor: Tensor) -> bool:

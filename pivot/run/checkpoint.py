@@ -42,6 +42,7 @@ class Shards(Protocol):
 
     def save(self, folder: Path, tag: str) -> None: ...
     def load(self, folder: Path, tag: str) -> None: ...
+    def load_reshaped(self, folder: Path) -> None: ...
     def unknown_classes(self, path: Path) -> list[str]: ...
 
 
@@ -252,9 +253,11 @@ def _find_difference(folder: Path, manifest: dict[str, Any], world: World) -> st
     return None
 
 
-def load(engine: Shards, checkpoint: Checkpoint, world: World) -> None:
+def load(engine: Shards, checkpoint: Checkpoint, world: World, *, reshaped: bool = False) -> None:
     """Put weights, optimizer state and this rank's random state back as they were saved. Collective.
 
+    `reshaped` says that another number of ranks or another ZeRO stage wrote it. A rank that was not there then takes
+    rank 0's random state; pivot's training draws from none.
     ValueError for a checkpoint with a file that needs more than tensors and plain values: loading it could run what
     somebody put there, whatever the manifest says.
     """
@@ -266,6 +269,10 @@ def load(engine: Shards, checkpoint: Checkpoint, world: World) -> None:
                     f"{path} holds {', '.join(unknown)}, which training never writes there, and was not loaded; remove "
                     "this checkpoint to go on from the one before it, and find out who put it there"
                 )
-    engine.load(checkpoint.folder.parent, checkpoint.folder.name)
-    states = torch.load(checkpoint.folder / f"rank-{world.rank:05d}.pt", weights_only=True)
+    if reshaped:
+        engine.load_reshaped(checkpoint.folder)
+    else:
+        engine.load(checkpoint.folder.parent, checkpoint.folder.name)
+    own = checkpoint.folder / f"rank-{world.rank:05d}.pt"
+    states = torch.load(own if own.is_file() else own.with_name("rank-00000.pt"), weights_only=True)
     distributed.set_rng_state(states)

@@ -59,18 +59,22 @@ class RunState:
             self._say(f"start      step 0, weights from {start}")
             return
         require_own_checkpoint(newest.folder, newest.manifest, self._config, self._folder.id)
-        for name, value in self._shape().items():
-            if newest.manifest[name] != value:
-                raise ConfigError(
-                    f"{newest.folder}: written with {name} {newest.manifest[name]}, this run has {value}; "
-                    f"start it with the same {name} to go on"
-                )
+        shape = self._shape()
+        written = {name: newest.manifest[name] for name in shape}
+        if written["dtype"] != shape["dtype"]:
+            raise ConfigError(
+                f"{newest.folder}: written in {written['dtype']}, this run computes in {shape['dtype']}; start it with "
+                "the same train.precision to go on"
+            )
+        reshaped = written != shape
         progress.step = self._plan.check_state(newest.state["plan"])
         progress.masked = int(newest.state["plan"]["masked"])
-        checkpoint.load(self._engine, newest, self._world)
+        checkpoint.load(self._engine, newest, self._world, reshaped=reshaped)
         self._objective.load_state_dict(newest.state["objective"])
         progress.spent.add(**newest.state.get("spent", {}))  # absent from checkpoints before 0.3
-        self._say(f"start      step {progress.step}, resumed from {newest.folder}")
+        ranks, stage = written["world_size"], written["zero_stage"]
+        before = f" (written by {ranks} ranks under ZeRO-{stage})" if reshaped else ""
+        self._say(f"start      step {progress.step}, resumed from {newest.folder}{before}")
 
     def _shape(self) -> dict[str, Any]:
         """What DeepSpeed's shards are cut by."""

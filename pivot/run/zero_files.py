@@ -1,0 +1,118 @@
+"""Parameters by name out of a checkpoint's shards, whatever ZeRO stage and number of ranks wrote them.
+
+DeepSpeed writes, per rank, one flat piece of each parameter group's fp32 master and of each of its moments:
+
+    *_optim_states.pt   ZeRO-1/2: `param_slice_mappings` says which span of a piece is which parameter's
+                        ZeRO-3: a parameter is cut into equal pieces, padded at the end; the piece of a group holds its
+                        parameters' one behind the other, in the order of `param_shapes`
+    *_model_states.pt   the shapes, and the weights that are not trained
+
+Files are mapped, not read: what is asked for is all that comes into memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MASTER = "master"  # the fp32 weights; moments go by the optimizer's own names
+
+
+class Span(NamedTuple):
+    """Elements [start, start + size) of a rank's piece of a group."""
+
+    rank: int
+    group: int
+    start: int
+    size: int
+
+
+class SavedShards:
+    """The trained parameters of one checkpoint. `load` reads a file of torch.save, mapped, running nothing in it.
+
+    Raises ValueError, naming the file, where the shards do not hold what they should.
+    """
+
+    def __init__(self, folder: Path, load: Callable[[Path], dict[str, Any]]) -> None:
+        self.folder = folder
+        files = sorted(folder.glob("*_optim_states.pt"), key=_rank_of)
+        self._models = [load(path) for path in sorted(folder.glob("*_model_states.pt"), key=_rank_of)]
+        self._ranks = [load(path)["optimizer_state_dict"] for path in files]
+        if not self._ranks or not self._models:
+            raise ValueError(f"{folder}: found no shards of ZeRO-1, 2 or 3; another number of ranks cannot read it")
+        self._partitioned = "fp32_flat_groups" in self._ranks[0]
+        self._spans = self._find_partitions() if self._partitioned else self._find_slices()
+
+    @property
+    def names(self) -> list[str]:
+        """The trained parameters."""
+        return list(self._spans)
+
+    @property
+    def kinds(self) -> list[str]:
+        """MASTER and the moments, such as exp_avg and exp_avg_sq; every group holds the same."""
+        state = self._state(self._ranks[0], 0)
+        return [MASTER, *(name for name, value in state.items() if torch.is_tensor(value) and value.ndim == 1)]
+
+    def num_updates(self, group: int) -> int:
+        """Steps that changed the weights, as the optimizer counted them; skipped ones are none."""
+        return int(self._state(self._ranks[0], group).get("step", 0))
+
+    def read(self, name: str, kind: str) -> Tensor:
+        """float32[numel]: the whole of a trained parameter's master or moment."""
+        return torch.cat([self._piece(span, kind) for span in self._spans[name]])
+
+    def read_frozen(self, name: str) -> Tensor | None:
+        """[numel] in the run's precision: a weight that was not trained; None where the shards hold none."""
+        if not self._partitioned:
+            value = self._models[0]["module"].get(name)
+            return None if value is None else value.flatten()
+        shape = (self._models[0].get("frozen_param_shapes") or {}).get(name)
+        if shape is None:
+            return None
+        parts = [model["frozen_param_fragments"][name].flatten() for model in self._models]
+        return torch.cat(parts)[: math.prod(shape)]  # the last one is padded
+
+    def _find_partitions(self) -> dict[str, list[Span]]:
+        num_ranks, spans = len(self._ranks), {}
+        for group, shapes in enumerate(self._models[0]["param_shapes"]):
+            start = 0
+            for name, shape in shapes.items():
+                numel = math.prod(shape)
+                part = -(-numel // num_ranks)
+                sizes = [max(0, min(part, numel - rank * part)) for rank in range(num_ranks)]
+                spans[name] = [Span(rank, group, start, size) for rank, size in enumerate(sizes) if size]
+                start += part
+        return spans
+
+    def _find_slices(self) -> dict[str, list[Span]]:
+        spans: dict[str, list[Span]] = {}
+        for rank, state in enumerate(self._ranks):
+            for group, slices in enumerate(state["param_slice_mappings"]):
+                for name, address in slices.items():
+                    spans.setdefault(name, []).append(Span(rank, group, address.start, address.numel))
+        return spans
+
+    def _piece(self, span: Span, kind: str) -> Tensor:
+        state = self._ranks[span.rank]
+        if kind == MASTER:
+            flat = state["fp32_flat_groups" if self._partitioned else "single_partition_of_fp32_groups"][span.group]
+        else:
+            flat = self._state(state, span.group)[kind]
+        return flat[span.start : span.start + span.size]
+
+    def _state(self, state: dict[str, Any], group: int) -> dict[str, Any]:
+        """What the optimizer keeps of a group on a rank; {} for one that keeps nothing."""
+        inner = state["optimizer_state_dict" if self._partitioned else "base_optimizer_state"]
+        return inner["state"].get(group, {})
+
+
+def _rank_of(path: Path) -> int:
+    rank = re.search(r"pp_rank_(\d+)_", path.name)
+    return int(rank[1]) if rank else 0
