@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,21 +15,50 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pivot.config import Config
+    from pivot.config import Config, Key
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed, also under the deepspeed launcher
 
 USAGE = """usage: deepspeed launch/{script}.py CONFIG [key=value ...] [--check | --print-config]
 
-  CONFIG          the run's YAML; keys and defaults are in pivot/config.py
+  CONFIG          the run's YAML
   key=value       overrides, for example optim.lr=1e-6
   --check         read settings and data, show what would run, load no weights
-  --print-config  print the resolved settings"""
+  --print-config  print the resolved settings
+  --help          say this, and every key with its default, its values and what it means"""
+
+WIDTH = 120  # letters of a line of --help
 
 # Done; failed; for the user to mend; stopped by a signal (sysexits' EX_TEMPFAIL): the same command goes on.
 OK, FAILED, USAGE_ERROR, AGAIN = 0, 1, 2, 75
 INTERRUPTED = 130  # by Ctrl-C, as a shell counts it
+
+
+def describe_keys() -> str:
+    """What pivot/config.py says of each setting, by sections, in lines of at most WIDTH letters."""
+    from pivot.config import KEYS
+
+    lines = ["Keys and their defaults. resume: a run that goes on may change it; ranks: each machine may have its own."]
+    for section in ("", *(key.name for key in KEYS.values() if key.section is not None)):
+        lines += ["", *textwrap.wrap(f"{section}: {KEYS[section].text}" if section else "", WIDTH)]
+        for key in KEYS.values():
+            if key.section is None and key.name.rpartition(".")[0] == section:
+                lines += [_describe_values(key), textwrap.indent(textwrap.fill(key.text, WIDTH - 6), 6 * " ")]
+    return "\n".join(lines)
+
+
+def _describe_values(key: Key) -> str:
+    """In columns: what it is, what it may be, and who may change it."""
+    from pivot.config import MISSING
+
+    default = key.default if isinstance(key.default, str) else json.dumps(key.default)
+    setting = f"{key.name}: must be given" if key.default == MISSING else f"{key.name}={default}"
+    values = " | ".join(key.choices)
+    if key.low > -math.inf:
+        values = f"at least {key.low:g}" if key.high == math.inf else f"{key.low:g} to {key.high:g}"
+    may = ", ".join(name for name in ("resume", "ranks") if getattr(key, name))
+    return f"  {setting:<46}  {values:<46}  {may}".rstrip()
 
 
 def main(objective: str, arguments: list[str], *, script: str | None = None) -> int:
@@ -35,7 +67,7 @@ def main(objective: str, arguments: list[str], *, script: str | None = None) -> 
     flags = {word for word in arguments if word.startswith("-") and not word.startswith("--local_rank")}
     words = [word for word in arguments if not word.startswith("-")]
     if flags & {"-h", "--help"}:
-        print(USAGE.format(script=script))
+        print(USAGE.format(script=script), describe_keys(), sep="\n\n")
         return OK
     unknown = flags - {"--check", "--print-config"}
     if not words or unknown:

@@ -1,19 +1,23 @@
-"""Every knob of a run: typed sections with their defaults, units and meanings. What cannot be defaulted is MISSING.
+"""Every knob of a run. One place says all of a key: its type, its default, what it means with its unit, which values it
+may have, and who may change it.
 
-`pivot.config_load` merges defaults, a YAML and the command line into a `Config`; `pivot.config_check` holds what a
-value may be. Relative paths count from the working directory.
+    name: type = key(DEFAULT, TEXT, choices=(...), low=1, high=9, resume=True, ranks=True)
+
+`MISSING` stands where there is no safe default: the run's YAML has to say it. Relative paths count from the working
+directory. Loading (`pivot.config_load`), checking (`pivot.config_check`), `--help`, and what a resume or another
+machine may change all read `KEYS`, the list at the end; a key is named nowhere else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
-from omegaconf import MISSING
-
+MISSING: Any = "???"  # OmegaConf's own sign, so that this file needs no package
 COMPONENTS = ("vision_tower", "projector", "language_model")
-OBJECTIVES = ("sft", "dpo")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -21,34 +25,74 @@ class ConfigError(ValueError):
     """A run's settings are wrong; the text says where, what was found, what was expected, what to do."""
 
 
+def key(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = -inf,
+    high: float = inf,
+    resume: bool = False,
+    ranks: bool = False,
+) -> Any:
+    """A setting. `choices`: the texts it may be; `low` and `high`: the numbers between which it may lie, both included.
+
+    `resume`: a resumed run may change it, since it does not decide which numbers a step computes. `ranks`: the machines
+    of a run may each have their own, since it decides no number at all and no step waits for it elsewhere.
+    """
+    said = {"text": text, "choices": choices, "low": low, "high": high, "resume": resume, "ranks": ranks}
+    return field(default=default, metadata=said)
+
+
+def section(kind: type, *, optional: bool = False, resume: bool = False) -> Any:
+    """A group of settings, whose text is the docstring of `kind`. `optional`: it is absent (null) unless it is given;
+    `resume`: a resumed run may change all of it."""
+    said = {"text": kind.__doc__, "resume": resume}
+    return field(default=None, metadata=said) if optional else field(default_factory=kind, metadata=said)
+
+
 @dataclass
 class VisionTowerConfig:
-    # Folder, hub id, CONFIG.json (random weights), or open_clip:MODEL[@TAG_OR_FILE]. None: taken from `init_from`.
-    path: str | None = None
-    layer: int = -2  # index into the hidden states as in HF LLaVA: -2 is the output of the last block but one
-    post_norm: bool = False  # apply the encoder's final norm to the features
-    cls: str = "drop"  # drop | keep the CLS token's feature
-    image_size: int | None = None  # pixels a side; None: the encoder's own
+    """The image encoder."""
+
+    path: str | None = key(
+        None,
+        "folder, hub id, CONFIG.json (random weights), or open_clip:MODEL[@TAG_OR_FILE]; null: taken from init_from",
+    )
+    layer: int = key(-2, "index into the hidden states as in HF LLaVA: -2 is the output of the last block but one")
+    post_norm: bool = key(False, "apply the encoder's final norm to the features")
+    cls: str = key("drop", "what becomes of the CLS token's feature", choices=("drop", "keep"))
+    image_size: int | None = key(None, "pixels a side; null: the encoder's own")
 
 
 @dataclass
 class LanguageModelConfig:
-    # Folder, hub id, or CONFIG.json (random weights, tokenizer beside it). None: taken from `init_from`.
-    path: str | None = None
+    """The decoder."""
+
+    path: str | None = key(
+        None, "folder, hub id, or CONFIG.json (random weights, tokenizer beside it); null: taken from init_from"
+    )
 
 
 @dataclass
 class ModelConfig:
-    vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
-    projector: str = "mlp2x_gelu"  # mlp2x_gelu | linear (LLaVA's names)
-    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    """Where the three parts come from, and their shape; what init_from holds may be left out."""
+
+    vision_tower: VisionTowerConfig = section(VisionTowerConfig)
+    projector: str = key("mlp2x_gelu", "its layers, by LLaVA's names", choices=("mlp2x_gelu", "linear"))
+    language_model: LanguageModelConfig = section(LanguageModelConfig)
 
 
 @dataclass
 class ImageConfig:
-    # squash | pad | crop: how an image becomes the encoder's square; None: as the encoder's own image processor does
-    # it, squash where it has none
-    fit: str | None = None
+    """What is done to an image before the encoder sees it."""
+
+    fit: str | None = key(
+        None,
+        "how it becomes the encoder's square; null: as the encoder's own image processor does it, squash where it has "
+        "none",
+        choices=("squash", "pad", "crop"),
+    )
 
 
 @dataclass
@@ -63,22 +107,40 @@ class TrainSource:
 
 @dataclass
 class DataConfig:
-    # A folder written by `python -m data_tools pack` or its https, s3, gs or hf address; or a list of these and of
-    # {path, weight | repeat | choose}: a mixture, exact in every 1,000 samples (see TrainSource).
-    train: Any = MISSING
-    eval: str | None = None  # held-out pairs in the same form; None: no evaluation
-    max_tokens: int = 2048  # image + prompt + longer completion; a longer pair is excluded and counted, never cut
-    cache_dir: str | None = None  # side-cars (lengths, reference log-probs); None: beside the set, else output_dir
-    exclude: str | None = None  # samples to leave out: a list made by `python -m data_tools exclude`
-    shard_cache: str | None = None  # folder for the shards of remote sets; None: `fetched` in cache_dir
-    shard_cache_gb: float = 200.0  # the most that it may take
-    allow_pipe: bool = False  # sets may be pipe:COMMAND, which is run for each file, its name in place of {}
-    chat_template: str | None = None  # a Jinja file or text; None: the checkpoint's own, else ChatML
-    image: ImageConfig = field(default_factory=ImageConfig)
-    # Pairs about one image follow each other in the order and share its tokens in a row: faster where a set has several
-    # pairs an image, exact, but a step then holds fewer distinct images.
-    image_trees: bool = False
-    workers: int = 2  # loader processes per rank; 0 reads in the training process
+    """What is trained and evaluated on, and how it is read."""
+
+    train: Any = key(
+        MISSING,
+        "a folder written by `python -m data_tools pack` or its https, s3, gs or hf address; or a list of these and of "
+        "{path, weight | repeat | choose}: a mixture, exact in every 1,000 samples. A weight is a share of the stream, "
+        "repeat how often each sample comes in an epoch, choose a number of samples per epoch",
+        resume=True,  # the plan compares the data's fingerprint, so a set may move
+    )
+    eval: str | None = key(None, "held-out pairs in the same form; null: no evaluation", resume=True)
+    max_tokens: int = key(
+        2048, "image + prompt + longer completion; a longer pair is excluded and counted, never cut", low=2
+    )
+    cache_dir: str | None = key(
+        None,
+        "folder of side-cars (lengths, reference log-probs); null: beside the set, else output_dir",
+        resume=True,
+        ranks=True,
+    )
+    exclude: str | None = key(None, "samples to leave out: a list made by `python -m data_tools exclude`")
+    shard_cache: str | None = key(
+        None, "folder for the shards of remote sets; null: `fetched` in cache_dir", resume=True, ranks=True
+    )
+    shard_cache_gb: float = key(200.0, "the most that shard_cache may take, in GB", low=0.001, resume=True, ranks=True)
+    chat_template: str | None = key(None, "a Jinja file or text; null: the checkpoint's own, else ChatML")
+    image: ImageConfig = section(ImageConfig)
+    image_trees: bool = key(
+        False,
+        "pairs about one image follow each other in the order and share its tokens in a row: faster where a set has "
+        "several pairs an image, exact, but a step then holds fewer distinct images",
+    )
+    workers: int = key(
+        2, "loader processes per rank; 0 reads in the training process", low=0, high=256, resume=True, ranks=True
+    )
 
 
 @dataclass
@@ -88,40 +150,49 @@ class SFTConfig:
 
 @dataclass
 class DPOConfig:
-    loss: Any = "sigmoid"  # a name, or a mix {name: weight}; names in objectives/losses.py, and `sft`
-    beta: float = 0.1
-    reference: str | None = None  # an HF LLaVA folder; None: the weights this run starts from
-    reference_per_token: bool = False  # keep the reference's log-prob of each completion token, too; for analyses
-    label_smoothing: float = 0.0  # share of flipped preferences, for sigmoid and robust
-    simpo_gamma: float = 0.5  # SimPO's target margin, nat per token times beta
-    bco_shift: str = "none"  # none | running_mean: reward shift of bco_pair
+    """A preference loss of chosen and rejected completions, or a mix of several, mean over the step's pairs."""
+
+    loss: Any = key("sigmoid", "a name, or a mix {name: weight}; the names are in objectives/losses.py, and `sft`")
+    beta: float = key(
+        0.1, "reward per nat of log ratio: a larger one keeps the policy nearer to the reference", low=1e-12
+    )
+    reference: str | None = key(None, "an HF LLaVA folder; null: the weights that this run starts from")
+    label_smoothing: float = key(0.0, "share of flipped preferences, for sigmoid and robust", low=0, high=0.499999)
+    simpo_gamma: float = key(0.5, "SimPO's target margin, nat per token times beta")
+    bco_shift: str = key("none", "reward shift of bco_pair", choices=("none", "running_mean"))
 
 
 @dataclass
 class ObjectiveConfig:
-    sft: SFTConfig | None = None
-    dpo: DPOConfig | None = None
+    """What is learned: exactly one of these."""
+
+    sft: SFTConfig | None = section(SFTConfig, optional=True)
+    dpo: DPOConfig | None = section(DPOConfig, optional=True)
 
 
 @dataclass
 class ComponentOptimConfig:
-    lr: float | None = MISSING  # a number trains the component, null freezes it; it must be said
-    weight_decay: float = 0.0
-    min_lr_ratio: float = 0.0  # the schedule's floor as a share of lr
+    """How this component is trained, or that it is not."""
+
+    lr: float | None = key(MISSING, "a number trains the component, null freezes it; it must be said", low=0)
+    weight_decay: float = key(0.0, "of all its parameters", low=0)
+    min_lr_ratio: float = key(0.0, "the schedule's floor as a share of lr", low=0, high=1)
 
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # adamw | sgd
-    lr: float | None = None  # a value for ${optim.lr} to point at; trains nothing by itself
-    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
-    warmup_ratio: float = 0.03  # share of all steps
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0  # global clipping; 0 switches it off
-    vision_tower: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
-    projector: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
-    language_model: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
+    """The optimizer, and the schedule of its rates; the rates themselves are each component's."""
+
+    name: str = key("adamw", "which optimizer", choices=("adamw", "sgd"))
+    lr: float | None = key(None, "a value for ${optim.lr} to point at; trains nothing by itself")
+    schedule: str = key("cosine", "how the rates go down after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = key(0.03, "of all steps, the share in which the rates go up", low=0, high=1)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates, each at least 0 and below 1")
+    eps: float = key(1e-8, "added to AdamW's denominator", low=1e-20, high=1)
+    max_grad_norm: float = key(1.0, "global clipping; 0 switches it off", low=0)
+    vision_tower: ComponentOptimConfig = section(ComponentOptimConfig)
+    projector: ComponentOptimConfig = section(ComponentOptimConfig)
+    language_model: ComponentOptimConfig = section(ComponentOptimConfig)
 
     def component(self, name: str) -> ComponentOptimConfig:
         return getattr(self, name)
@@ -133,48 +204,81 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    global_batch_size: int = MISSING  # pairs (SFT: samples) per optimizer step, over all ranks
-    max_tokens_per_micro_batch: int = 8192  # row length per rank and micro-step; schedules only, never excludes
-    max_steps: int | None = None  # optimizer steps; exactly one of max_steps and num_epochs
-    num_epochs: float | None = None
-    seed: int = 0
-    precision: str = "auto"  # auto | bf16 | fp32; auto: bf16 on GPUs that compute in it (from Ampere on), else fp32
-    activation_checkpointing: str = "none"  # | selective: norms, activations, gathered keys are computed again in
-    # backward, about half of what a block keeps for a few percent of time | full: blocks are, a third more time
-    attention: str = "auto"  # auto | torch_varlen | flash_attn | sdpa: the back end of the prefix trees' attention
-    timeout_s: float = 600.0  # a collective, or a batch from the loader's workers, that takes longer ends the run
+    """How large a step is, how many there are, and how they are computed."""
+
+    global_batch_size: int = key(MISSING, "pairs (SFT: samples) per optimizer step, over all ranks", low=1)
+    max_tokens_per_micro_batch: int = key(
+        8192, "row length per rank and micro-step; schedules only, never excludes", low=2, resume=True
+    )
+    max_steps: int | None = key(None, "optimizer steps; exactly one of max_steps and num_epochs", low=1)
+    num_epochs: float | None = key(None, "passes over the data; exactly one of max_steps and num_epochs", low=1e-6)
+    seed: int = key(0, "of the data's order and of random weights")
+    precision: str = key(
+        "auto", "auto: bf16 on GPUs that compute in it (from Ampere on), else fp32", choices=("auto", "bf16", "fp32")
+    )
+    activation_checkpointing: str = key(
+        "none",
+        "what backward computes again. selective: norms, activations and gathered keys, about half of what a block "
+        "keeps for a few percent of time; full: whole blocks, for a third more time",
+        choices=("none", "selective", "full"),
+        resume=True,
+    )
+    attention: str = key(
+        "auto",
+        "what computes the prefix trees' attention: torch_varlen, flash_attn or sdpa; auto: the fastest of them that "
+        "works here and proves equal to sdpa",
+        resume=True,
+    )
+    timeout_s: float = key(
+        600.0, "a collective, or a batch from the loader's workers, that takes longer ends the run", low=1, resume=True
+    )
 
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = 100  # and at the end; 0: only at the end
-    keep: int = 2  # newest checkpoints kept
-    resume: str = "auto"  # auto: go on where output_dir has a run | required | none: output_dir must be empty
+    """When the run is saved, and whether it goes on from there."""
+
+    every_steps: int = key(100, "optimizer steps from one checkpoint to the next; 0: only the one at the end", low=0)
+    keep: int = key(2, "newest checkpoints kept; of one alone, it may be the one being written", low=2)
+    resume: str = key(
+        "auto",
+        "auto: go on where output_dir has a run; required: it must have one; none: output_dir must be empty",
+        choices=("auto", "required", "none"),
+    )
 
 
 @dataclass
 class EvaluateConfig:
-    every_steps: int = 0  # 0: only at the end of the run
-    num_samples: int = 1000  # the first so many of data.eval in its fixed order
-    max_new_tokens: int = 32  # of a generated answer, for samples that carry one
+    """What is measured on data.eval, and when."""
+
+    every_steps: int = key(0, "optimizer steps from one evaluation to the next; 0: only the one at the end", low=0)
+    num_samples: int = key(1000, "the first so many of data.eval in its fixed order", low=1)
+    max_new_tokens: int = key(32, "the longest generated answer, for samples that carry one", low=1)
 
 
 @dataclass
 class CompareConfig:
-    """What a run's cost is held against; any of the three."""
+    """If given, a denominator for what the run cost, shown at its end: its name and any of the three numbers."""
 
-    name: str = MISSING  # for example "SigLIP 2 pre-training"
-    flops: float | None = None
-    samples: float | None = None  # image-text pairs seen
-    gpu_hours: float | None = None  # of comparable cards
+    name: str = key(MISSING, 'for example "SigLIP 2 pre-training"')
+    flops: float | None = key(None, "floating-point operations", low=1)
+    samples: float | None = key(None, "image-text pairs seen", low=1)
+    gpu_hours: float | None = key(None, "of comparable cards", low=1e-6)
 
 
 @dataclass
 class LogConfig:
-    every_steps: int = 1
-    tensorboard: bool = False  # write event files to output_dir/tensorboard
-    compare: CompareConfig | None = None  # a denominator for the run's FLOPs, samples and GPU-hours, shown at the end
-    profile_steps: int = 0  # trace so many steps behind the first two into output_dir/profile/rankN.json; 0: none
+    """What the run writes about itself."""
+
+    every_steps: int = key(1, "steps from one row of the log to the next", low=1)
+    tensorboard: bool = key(False, "write event files to output_dir/tensorboard")
+    compare: CompareConfig | None = section(CompareConfig, optional=True)
+    profile_steps: int = key(
+        0,
+        "trace so many steps behind the first two into output_dir/profile/rankN.json, megabytes each",
+        low=0,
+        high=1000,
+    )
 
 
 @dataclass
@@ -183,15 +287,60 @@ class Config:
     # is saved in place of the value; `load_config` fills this in.
     texts: ClassVar[dict[tuple[str | int, ...], tuple[str, str]]] = {}
 
-    output_dir: str = MISSING
-    init_from: str | None = None  # an HF LLaVA folder (for example a run's export/) to start from
-    init_parts: list[str] | None = None  # of it, take only these components; None: all
-    deepspeed: str = "ds_configs/zero2.json"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    output_dir: str = key(MISSING, "the run's folder; the same command goes on with what it holds", resume=True)
+    init_from: str | None = key(None, "an HF LLaVA folder (for example a run's export/) to start from")
+    init_parts: list[str] | None = key(None, f"of init_from, take only these of {', '.join(COMPONENTS)}; null: all")
+    deepspeed: str = key("ds_configs/zero2.json", "sharding, offload and communication", resume=True)
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    optim: OptimConfig = section(OptimConfig)
+    train: TrainConfig = section(TrainConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, resume=True)
+    evaluate: EvaluateConfig = section(EvaluateConfig, resume=True)
+    log: LogConfig = section(LogConfig, resume=True)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is said above of one setting or section, under its full name ("train.max_steps")."""
+
+    name: str
+    default: Any  # MISSING where the run's YAML has to say it; None for a section
+    section: type | None  # the dataclass of a section; None for a setting
+    text: str
+    choices: tuple[str, ...] = ()
+    low: float = -inf
+    high: float = inf
+    resume: bool = False  # also where a section around it says so
+    ranks: bool = False
+
+
+def _section_of(kind: Any) -> type | None:
+    """The dataclass of a field that is a section, also an optional one (`SFTConfig | None`)."""
+    return next((part for part in (kind, *get_args(kind)) if isinstance(part, type) and is_dataclass(part)), None)
+
+
+def _walk(kind: type, prefix: str = "", *, resume: bool = False) -> Iterator[Key]:
+    """Everything in `kind` in the order of this file, a section before what it holds."""
+    types = get_type_hints(kind)
+    for spec in fields(kind):
+        inner = _section_of(types[spec.name])
+        default = None if inner is not None else spec.default
+        said = {**spec.metadata, "resume": resume or spec.metadata["resume"]}
+        yield Key(prefix + spec.name, default, inner, **said)
+        if inner is not None:
+            yield from _walk(inner, f"{prefix}{spec.name}.", resume=said["resume"])
+
+
+KEYS = {described.name: described for described in _walk(Config)}
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Full name -> value of every setting; an optional section that is absent is None under its own name."""
+    if not is_dataclass(settings):
+        return {prefix: settings}
+    flat: dict[str, Any] = {}
+    for spec in fields(settings):
+        flat |= flatten(getattr(settings, spec.name), f"{prefix}.{spec.name}" if prefix else spec.name)
+    return flat

@@ -1,87 +1,40 @@
-"""What a setting may be: choices, ranges, contradictions between sections, and one owner for every number."""
+"""Whether settings can be: each by what pivot/config.py says of it, those that contradict each other, and the two that
+are read further here: the sets of `data.train`, and DeepSpeed's JSON, which may own no number that the YAML owns."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pivot.config import COMPONENTS, REPOSITORY, Config, ConfigError, DPOConfig, TrainSource
-
-_CHOICES = {
-    "model.vision_tower.cls": ("drop", "keep"),
-    "model.projector": ("mlp2x_gelu", "linear"),
-    "data.image.fit": ("squash", "pad", "crop"),
-    "objective.dpo.bco_shift": ("none", "running_mean"),
-    "optim.name": ("adamw", "sgd"),
-    "optim.schedule": ("cosine", "linear", "constant"),
-    "train.precision": ("auto", "bf16", "fp32"),
-    "train.activation_checkpointing": ("none", "selective", "full"),
-    "checkpoint.resume": ("auto", "required", "none"),
-}
-# key -> (lowest, highest) value, both allowed
-_RANGES: dict[str, tuple[float, float]] = {
-    "data.max_tokens": (2, float("inf")),
-    "data.workers": (0, 256),
-    "data.shard_cache_gb": (0.001, float("inf")),
-    "objective.dpo.beta": (1e-12, float("inf")),
-    "objective.dpo.label_smoothing": (0.0, 0.499999),
-    "optim.warmup_ratio": (0.0, 1.0),
-    "optim.eps": (1e-20, 1.0),
-    "optim.max_grad_norm": (0.0, float("inf")),
-    "train.global_batch_size": (1, float("inf")),
-    "train.max_tokens_per_micro_batch": (2, float("inf")),
-    "train.max_steps": (1, float("inf")),
-    "train.num_epochs": (1e-6, float("inf")),
-    "train.timeout_s": (1.0, float("inf")),
-    "checkpoint.every_steps": (0, float("inf")),
-    "checkpoint.keep": (2, float("inf")),  # with 1, the only one may be the one being written
-    "evaluate.every_steps": (0, float("inf")),
-    "evaluate.num_samples": (1, float("inf")),
-    "evaluate.max_new_tokens": (1, float("inf")),
-    "log.every_steps": (1, float("inf")),
-    "log.profile_steps": (0, 1000),  # a trace of a step takes megabytes
-    "log.compare.flops": (1.0, float("inf")),
-    "log.compare.samples": (1.0, float("inf")),
-    "log.compare.gpu_hours": (1e-6, float("inf")),
-}
-for _component in COMPONENTS:
-    _RANGES[f"optim.{_component}.lr"] = (0.0, float("inf"))
-    _RANGES[f"optim.{_component}.weight_decay"] = (0.0, float("inf"))
-    _RANGES[f"optim.{_component}.min_lr_ratio"] = (0.0, 1.0)
-
-
-def _lookup(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part) if value is not None else None
-    return value
+from pivot.config import COMPONENTS, KEYS, REPOSITORY, Config, ConfigError, DPOConfig, Key, TrainSource, flatten
 
 
 def check_config(config: Config) -> None:
-    for key, choices in _CHOICES.items():
-        value = _lookup(config, key)
-        if value is not None and value not in choices:
-            raise ConfigError(f"{key}: found '{value}', expected one of {', '.join(choices)}")
-    _require_finite(config, "")
-    for key, (low, high) in _RANGES.items():
-        value = _lookup(config, key)
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{key}: found {value}, expected a value in [{low:g}, {high:g}]")
+    """ConfigError for the first setting that cannot be, or that contradicts another."""
+    for name, value in flatten(config).items():
+        if value is not None:
+            _check_value(KEYS[name], value)
     _check_contradictions(config)
 
 
+def _check_value(key: Key, value: Any) -> None:
+    if key.choices and value not in key.choices:
+        raise ConfigError(f"{key.name}: found '{value}', expected one of {', '.join(key.choices)}")
+    _require_finite(value, key.name)
+    if isinstance(value, int | float) and not key.low <= value <= key.high:
+        raise ConfigError(f"{key.name}: found {value}, expected a value in [{key.low:g}, {key.high:g}]")
+
+
 def _require_finite(value: Any, key: str) -> None:
-    """ConfigError for the first number, however deep, that is infinite or none."""
+    """ConfigError for a number, however deep in lists and mappings, that is infinite or not a number."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}: found {value}, expected a finite number")
-    if is_dataclass(value):
-        value = {spec.name: getattr(value, spec.name) for spec in fields(value)}
     if isinstance(value, dict):
         for name, part in value.items():
-            _require_finite(part, f"{key}.{name}" if key else str(name))
+            _require_finite(part, f"{key}.{name}")
     if isinstance(value, list | tuple):
         for number, part in enumerate(value):
             _require_finite(part, f"{key}[{number}]")
@@ -173,7 +126,7 @@ _YAML_OWNS = {
 }
 
 
-def find_deepspeed_json(path: str) -> Path:
+def _find_deepspeed_json(path: str) -> Path:
     """`path` counted from the working directory, else from the repository (so that the default works anywhere)."""
     for candidate in (Path(path), REPOSITORY / path):
         if candidate.is_file():
@@ -183,14 +136,14 @@ def find_deepspeed_json(path: str) -> Path:
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
     """The sharding, offload and communication settings; ConfigError when they claim what the run YAML owns."""
-    found = find_deepspeed_json(path)
+    file = _find_deepspeed_json(path)
     try:
-        settings = json.loads(found.read_text())
+        settings = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ConfigError(f"deepspeed: {found} is not valid JSON: {error}") from error
+        raise ConfigError(f"deepspeed: {file} is not valid JSON: {error}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
-        raise ConfigError(f"deepspeed: {found}: expected an object with zero_optimization (see ds_configs/)")
+        raise ConfigError(f"deepspeed: {file}: expected an object with zero_optimization (see ds_configs/)")
     for key in sorted(settings):
         if key in _YAML_OWNS:
-            raise ConfigError(f"deepspeed: {found} sets '{key}', which {_YAML_OWNS[key]} owns; remove it there")
+            raise ConfigError(f"deepspeed: {file} sets '{key}', which {_YAML_OWNS[key]} owns; remove it there")
     return settings

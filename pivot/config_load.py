@@ -3,7 +3,11 @@
     config = load_config("run.yaml", ["optim.lr=1e-6"], objective="dpo")
 
 An unknown key, a wrong type, an absent learning rate or a contradiction raises ConfigError, a ValueError whose text
-names the full key, what was found, what was expected and what to do.
+names the full key, what was found, what was expected and what to do. Three functions read settings, by whose they are:
+
+    load_config     a YAML that a run starts from: overrides win, every reference is resolved, every value is checked
+    load_saved      the config.yaml of a run that goes on: a variable that is not set now stays as it is written
+    read_settings   the config.yaml of a run that somebody else may have made: no variable is looked up at all
 """
 
 from __future__ import annotations
@@ -12,19 +16,28 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pivot.config import OBJECTIVES, CompareConfig, Config, ConfigError, DPOConfig, SFTConfig
+from pivot.config import KEYS, Config, ConfigError, ObjectiveConfig
 from pivot.config_check import check_config
 from pivot.system.redact import MARK, is_redacted, is_secret_name, redact_setting, redact_values, remember
 
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}]+?)\s*\}")  # one without a default
 _ANY_VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}]+?)\s*[,}]")
+_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${name:...}; ${optim.lr} points into the file
+_OPENING = re.compile(r"(\\*)\$\{")
+# Keys of earlier versions -> what they were by default, and how it is without them. The config.yaml of a run that an
+# earlier version began holds them all; at its default a key says nothing and is passed over, so that the run can go on.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "data.allow_pipe": (False, "no command is run to fetch a set; give its address or a mounted folder"),
+    "objective.dpo.reference_per_token": (False, "the reference's log-probs are kept as sums of a completion alone"),
+    "train.products": ("auto", "matrix products are torch's own"),
+}
 Place = tuple[str | int, ...]  # a key and its sections, and indices into lists
 
 
@@ -32,67 +45,57 @@ def load_config(path: str | Path, overrides: list[str] | None = None, objective:
     """Merge defaults, the YAML at `path` and `key=value` overrides; `objective` is the one the launch script fixes."""
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; expected the run's YAML")
-    layers = [_load_yaml(path), *(_parse_override(text) for text in overrides or [])]
-    sources = [str(path), *(f"command line '{redact_setting(text)}'" for text in overrides or [])]
-    for layer, source in zip(layers, sources, strict=True):
+    layers = [(str(path), _load_yaml(path))]
+    layers += [(f"command line '{redact_setting(text)}'", _parse_override(text)) for text in overrides or []]
+    for source, layer in layers:
         _require_unredacted(layer, source)
-    return _build(layers, sources, objective)
+    config = _to_typed(_merge_all(layers, objective))
+    check_config(config)
+    return config
 
 
 def load_saved(path: str | Path) -> Config:
     """The config.yaml of a run that goes on, resolved as its YAML is; a variable that is not set stays as written."""
-    layer, kept = _load_yaml(path), {}
+    return _read_as_written(path, lambda text: any(name not in os.environ for name in _VARIABLE.findall(text)))
+
+
+def read_settings(path: str | Path) -> Config:
+    """The settings of a run that somebody else may have made: nothing but the file itself is looked at.
+
+    `${oc.env:NAME}` would be the reader's environment, not the run's, and stays as it is written, as does all else that
+    OmegaConf would ask a resolver for. What a value may be was checked when the run began.
+    """
+    return _read_as_written(path, lambda text: _RESOLVER.search(text) is not None, refuse_removed=False)
+
+
+def _read_as_written(path: str | Path, stays: Callable[[str], bool], *, refuse_removed: bool = True) -> Config:
+    """A saved config.yaml over the defaults, with every text for which `stays` is true as it is written."""
+    layer = _load_yaml(path)
+    written: dict[Place, str] = {}
     for place, text in _walk_layer(layer):
-        literal = _VARIABLE.sub(lambda found: found[0] if found[1] in os.environ else f"\\{found[0]}", text)
-        if literal != text:
-            kept[place] = text
-            _put(layer, place, literal)
-    config = _build([layer], [str(path)], None)
-    for place, text in kept.items():
+        if stays(text):
+            written[place] = text
+            # OmegaConf's way to write the letters themselves, in which a backslash before them counts for two.
+            _put(layer, place, _OPENING.sub(lambda match: 2 * match[1] + "\\${", text))
+    merged = _merge_all([(str(path), layer)], None, refuse_removed=refuse_removed)
+    try:
+        config = _to_typed(merged)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    for place, text in written.items():
         if place in config.texts:
             config.texts[place] = text, config.texts[place][1]
     return config
 
 
-def _build(layers: list[Any], sources: list[str], objective: str | None) -> Config:
+def _merge_all(layers: list[tuple[str, Any]], objective: str | None, *, refuse_removed: bool = True) -> DictConfig:
+    """The defaults, and (source, layer) after (source, layer) over them."""
     merged = OmegaConf.structured(Config)
-    for layer, source in zip(layers, sources, strict=True):
+    for source, layer in layers:
         if not isinstance(layer, DictConfig):
             raise ConfigError(f"{source}: expected a mapping of keys, found {type(layer).__name__}")
-        merged = _merge(merged, layer, source)
-    merged = _fix_objective(merged, objective)
-    return resolve(merged)
-
-
-def read_settings(path: str | Path) -> Config:
-    """The settings of a finished run, which somebody else may have made: nothing but the file itself is looked at.
-
-    What the file leaves to a resolver (`${oc.env:NAME}` is the reader's environment, not the run's) stays as it is
-    written. What a value may be was checked when the run began.
-    """
-    layer = OmegaConf.create(_without_resolvers(OmegaConf.to_container(_load_yaml(path), resolve=False)))
-    if not isinstance(layer, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(layer).__name__}")
-    merged = _fix_objective(_merge(OmegaConf.structured(Config), layer, str(path)), None)
-    try:
-        return _to_typed(merged)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${name:...}; ${optim.lr} points into the file
-_OPENING = re.compile(r"(\\*)\$\{")
-
-
-def _without_resolvers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_resolvers(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_resolvers(part) for part in value]
-    if isinstance(value, str) and _RESOLVER.search(value):
-        # OmegaConf's way to write the letters themselves, in which a backslash before them counts for two.
-        return _OPENING.sub(lambda match: 2 * match[1] + "\\${", value)
-    return value
+        merged = _merge(merged, _without_removed(layer, source, refuse=refuse_removed), source)
+    return _fix_objective(merged, objective)
 
 
 def _load_yaml(path: str | Path) -> Any:
@@ -150,7 +153,7 @@ def _parse_override(text: str) -> DictConfig:
 
 
 def _merge(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:
-    unknown = _first_unknown(OmegaConf.to_container(layer, resolve=False), base, "")
+    unknown = _first_unknown(OmegaConf.to_container(layer, resolve=False))
     if unknown:
         key, siblings = unknown
         near = difflib.get_close_matches(key.rpartition(".")[2], siblings, n=1, cutoff=0.5)
@@ -163,59 +166,59 @@ def _merge(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:
         raise ConfigError(f"{source}: {error.full_key + ': ' if error.full_key else ''}{text}") from error
 
 
-_FREE_FORM = {"objective.dpo.loss", "data.train"}  # their keys are values, checked where they are used
-_OPTIONAL_SECTIONS = {"objective.sft": SFTConfig, "objective.dpo": DPOConfig, "log.compare": CompareConfig}
-
-
-def _first_unknown(found: Any, schema: DictConfig, prefix: str) -> tuple[str, list[str]] | None:
-    """The first key of `found` that `schema` lacks, with the keys it could have been."""
-    if not isinstance(found, dict):
-        return None
-    for key, value in found.items():
-        full = f"{prefix}{key}"
-        if key not in schema.keys():  # noqa: SIM118  (`in` alone is False for a key that is still missing)
-            return full, [str(k) for k in schema]
-        if full in _FREE_FORM or not isinstance(value, dict):
-            continue
-        if full in _OPTIONAL_SECTIONS:
-            child = OmegaConf.structured(_OPTIONAL_SECTIONS[full])
-        elif OmegaConf.is_missing(schema, key) or not isinstance(schema[key], DictConfig):
-            continue  # a mapping where a value is expected: the merge says so
-        else:
-            child = schema[key]
-        deeper = _first_unknown(value, child, f"{full}.")
-        if deeper:
-            return deeper
+def _first_unknown(layer: Any, prefix: str = "") -> tuple[str, list[str]] | None:
+    """The first full key of `layer` that there is not, with the names that it could have had there."""
+    if not isinstance(layer, dict):
+        return None  # a value where a section is expected: the merge says so
+    names = [name.removeprefix(prefix) for name in KEYS if name.rpartition(".")[0] == prefix[:-1]]
+    for name, value in layer.items():
+        full = f"{prefix}{name}"
+        if name not in names:
+            return full, names
+        unknown = _first_unknown(value, f"{full}.") if KEYS[full].section is not None else None
+        if unknown:
+            return unknown
     return None
 
 
+def _without_removed(layer: DictConfig, source: str, *, refuse: bool) -> Any:
+    """`layer` without the keys of REMOVED. `refuse`: ConfigError for one that asks for anything but its default."""
+    values: Any = OmegaConf.to_container(layer, resolve=False)
+    for key, (default, reason) in REMOVED.items():
+        *sections, name = key.split(".")
+        holder = values
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and name in holder:
+            if refuse and holder[name] != default:
+                raise ConfigError(f"{source}: {key}: found {holder[name]}, but the key is gone: {reason}; remove it")
+            del holder[name]
+    return OmegaConf.create(values)
+
+
 def _fix_objective(config: DictConfig, objective: str | None) -> DictConfig:
-    """Make exactly one objective present; refuse a YAML written for the other script."""
-    present = [name for name in OBJECTIVES if config.objective[name] is not None]
+    """Make exactly one objective present; refuse a YAML written for another script."""
+    names = [spec.name for spec in dataclasses.fields(ObjectiveConfig)]
+    present = [name for name in names if config.objective[name] is not None]
     if len(present) > 1:
-        raise ConfigError("objective: both sft and dpo are given; expected one of them, remove the other")
+        given = " and ".join(present)
+        raise ConfigError(f"objective: both {given} are given; expected one of them, remove the other")
     if objective is None:
         if not present:
-            raise ConfigError("objective: none is given; expected objective.sft or objective.dpo")
+            expected = " or ".join(f"objective.{name}" for name in names)
+            raise ConfigError(f"objective: none is given; expected {expected}")
     elif present and present != [objective]:
         raise ConfigError(
             f"objective.{present[0]} is given, but this script trains {objective}; "
             f"run launch/train_{present[0]}.py, or replace the section by objective.{objective}"
         )
     elif not present:
-        section = {"sft": SFTConfig, "dpo": DPOConfig}[objective]
-        config.objective[objective] = OmegaConf.structured(section)
+        config.objective[objective] = OmegaConf.structured(KEYS[f"objective.{objective}"].section)
     return config
 
 
-def resolve(config: DictConfig) -> Config:
-    """Resolve interpolations, demand every mandatory key, check the values, and give the typed object."""
-    typed = _to_typed(config)
-    check_config(typed)
-    return typed
-
-
 def _to_typed(config: DictConfig) -> Config:
+    """Resolve interpolations, demand every mandatory key, and give the typed object."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:

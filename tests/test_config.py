@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import MISSING as OMEGACONF_MISSING
+from omegaconf import OmegaConf
 
-from pivot.config import Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig
+from pivot.config import KEYS, MISSING, REPOSITORY, Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig, flatten
 from pivot.config_check import check_config, read_deepspeed_json
-from pivot.config_load import load_config, load_saved, read_settings, to_yaml
-from pivot.run.folder import flatten
+from pivot.config_load import REMOVED, load_config, load_saved, read_settings, to_yaml
+from pivot.models.attention import BACKENDS
 from pivot.system.redact import redact
 
 YAML = """
@@ -31,6 +33,63 @@ SECTIONS = {"sft": SFTConfig, "dpo": DPOConfig}
 def run(tmp_path: Path) -> Path:
     (tmp_path / "run.yaml").write_text(YAML)
     return tmp_path / "run.yaml"
+
+
+def test_a_key_says_all_of_itself() -> None:
+    """What it means, in words of its own; its default is one of the values that it may have."""
+    assert MISSING == OMEGACONF_MISSING
+    for key in KEYS.values():
+        assert key.text and key.text.endswith(".") == (key.section is not None), key.name
+        assert "(" not in key.text.split()[0], f"{key.name} has no words but those that dataclass made up"
+        if key.section is None and key.default not in (None, MISSING):
+            assert not key.choices or key.default in key.choices, key.name
+            assert not isinstance(key.default, int | float) or key.low <= key.default <= key.high, key.name
+        assert not (key.ranks and not key.resume), f"{key.name}: what differs by machine differs by start"
+
+
+def test_keys_are_those_of_a_config(run: Path) -> None:
+    """Each setting under the name that a value of it has, also in a section that is absent."""
+    values = flatten(load_config(run, ["log.compare={name: x, flops: 1}"], "dpo"))
+    absent = {name for name in values if KEYS[name].section is not None}
+    assert "objective.sft" in absent and all(values[name] is None for name in absent)
+    settings = {name for name, key in KEYS.items() if key.section is None}
+    assert values.keys() - absent == {name for name in settings if name.rpartition(".")[0] not in absent}
+    assert {KEYS["log"].resume, KEYS["log.compare.flops"].resume, KEYS["checkpoint.keep"].resume} == {True}
+    assert not KEYS["data"].resume and KEYS["data.workers"].resume and not KEYS["data.max_tokens"].resume
+
+
+def test_attention_names_its_back_ends() -> None:
+    assert all(name in KEYS["train.attention"].text for name in ("auto", *BACKENDS))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch/configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_the_runs_that_come_along_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert load_config(path, ["data.train=shards/x"], "dpo" if "dpo" in path.name else "sft")
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_removed_key_is_passed_over_at_its_default(run: Path, tmp_path: Path, key: str) -> None:
+    """As a config.yaml of an earlier version has it; any other value is refused where a run would start or go on."""
+    default, reason = REMOVED[key]
+    config, saved = load_config(run, objective="dpo"), tmp_path / "config.yaml"
+    assert load_config(run, [f"{key}={str(default).lower()}"], "dpo") == config
+    save_earlier(config, {key: default}, saved)
+    assert load_config(saved) == load_saved(saved) == read_settings(saved) == config
+    save_earlier(config, {key: "other"}, saved)
+    assert read_settings(saved) == config
+    for load in (load_saved, load_config):
+        with pytest.raises(ConfigError, match=f"config.yaml: {key}: found other, but the key is gone: {reason}"):
+            load(saved)
+    with pytest.raises(ConfigError, match=f"command line '{key}=.*': {key}: found other, but the key is gone"):
+        load_config(run, [f"{key}=other"], "dpo")
+
+
+def save_earlier(config: Config, more: dict[str, object], path: Path) -> None:
+    settings = OmegaConf.create(to_yaml(config))
+    for key, value in more.items():
+        OmegaConf.update(settings, key, value)
+    path.write_text(OmegaConf.to_yaml(settings))
 
 
 def test_defaults_are_those_of_the_documentation(run: Path) -> None:
@@ -109,6 +168,7 @@ def test_resolved_settings_load_back_equal(run: Path, tmp_path: Path) -> None:
         ("train.max_stepps=3", "unknown key 'train.max_stepps'; did you mean 'max_steps'"),
         ("objective.dpo.bta=1", "unknown key 'objective.dpo.bta'; did you mean 'beta'"),
         ("optim.vision.lr=1", "unknown key 'optim.vision'"),
+        ("objective.dop={}", "unknown key 'objective.dop'; did you mean 'dpo'"),
         ("train.max_steps=1.5", "train.max_steps: Value '1.5' of type 'float' could not be converted to Integer"),
         ("optim.lr=fast", "could not be converted to Float"),
         ("train=3", "Merge error"),
@@ -193,6 +253,12 @@ def test_a_broken_deepspeed_json_is_refused(tmp_path: Path, text: str) -> None:
 def test_what_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match="run.yaml"):
+        load_config(tmp_path / "run.yaml", objective="dpo")
+
+
+def test_a_dot_in_a_key_of_a_yaml_is_no_section(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(YAML + "train.seed: 3\n")
+    with pytest.raises(ConfigError, match="run.yaml: unknown key 'train.seed'"):
         load_config(tmp_path / "run.yaml", objective="dpo")
 
 

@@ -58,8 +58,6 @@ def read_part(path: str | Path, cache: ShardCache | None) -> Part:
     folder = str(path).rstrip("/") or "/"
     if is_remote(folder) and cache is None:
         raise ValueError(f"{shown(folder)} is remote and there is no shard cache; copy the set to this machine first")
-    if cache is not None:
-        cache.check(folder)
     manifest = _read_manifest(folder, cache)
     shards = [Shard(**entry) for entry in manifest["shards"]]
     found = set_fingerprint(shards)

@@ -2,8 +2,7 @@
 
 Two sets cannot collide there, equal shards of two sets are kept once, and a file under its own name is whole and
 verified. One process downloads, the others of the machine wait for it; the oldest shards go when the cap is reached.
-Nothing is run to fetch a file unless the user allows it: `pipe:COMMAND`, with {} where a file's name goes, then runs
-without a shell.
+Nothing is run to fetch a file: a path that is a command is refused.
 """
 
 from __future__ import annotations
@@ -14,18 +13,14 @@ import hashlib
 import logging
 import os
 import re
-import select
-import shlex
 import ssl
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from pivot.data.web import STALL_S, StatusError, open_web
+from pivot.data.web import StatusError, open_web
 from pivot.system.lock import FileLock
 from pivot.system.plain import plain
 
@@ -57,33 +52,29 @@ class Unreachable(OSError):
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL that can be fetched, or a command. Raises ValueError for unknown protocols."""
-    if is_command(path):
-        return True
-    found = _SCHEME.match(path)
-    if not found or not found[2]:
+    """Whether `path` is a URL that can be fetched. Raises ValueError for unknown protocols, and for a command."""
+    addresses = ", ".join(f"{protocol}://" for protocol in PROTOCOLS[:5])
+    if path.lower().startswith("pipe:"):
+        raise ValueError(
+            f"{path}: pipe: would run a command, which is refused; give one of {addresses}, or mount the storage and "
+            "give the folder"
+        )
+    scheme = _SCHEME.match(path)
+    if not scheme or not scheme[2]:
         return False
-    if found[1].lower() not in PROTOCOLS:
-        raise ValueError(f"{shown(path)}: expected a folder, or one of {', '.join(f'{p}://' for p in PROTOCOLS[:5])}")
+    if scheme[1].lower() not in PROTOCOLS:
+        raise ValueError(f"{shown(path)}: expected a folder, or one of {addresses}")
     return True
 
 
-def is_command(path: str) -> bool:
-    return path.lower().startswith("pipe:")
-
-
 def join_url(folder: str, *names: str) -> str:
-    if is_command(folder):
-        if "{}" not in folder:
-            raise ValueError(f"{folder}: expected {{}} where a file's name goes, as in pipe:ssh HOST cat /SET/{{}}")
-        return folder.replace("{}", "/".join(names))
     parts = urlsplit(folder)
     return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *names])))
 
 
 def shown(url: str) -> str:
-    """The URL without what may be a secret: user, password and query. A command or a path is shown as it is."""
-    if is_command(url) or "://" not in url:
+    """The URL without what may be a secret: user, password and query. A path is shown as it is."""
+    if "://" not in url:
         return url
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -92,16 +83,8 @@ def shown(url: str) -> str:
 class ShardCache:
     """FOLDER/ab/abcd....tar for each shard fetched, at most `max_bytes` of them."""
 
-    def __init__(self, folder: str | Path, max_bytes: int = 200 << 30, *, allow_pipe: bool = False) -> None:
-        self.folder, self.max_bytes, self._allow_pipe = Path(folder), max_bytes, allow_pipe
-
-    def check(self, url: str) -> None:
-        """Raises ValueError for a command, unless commands are allowed."""
-        if is_command(url) and not self._allow_pipe:
-            raise ValueError(
-                f"{url}: pipe: would run a command, which is refused; set data.allow_pipe=true if it is yours, or give "
-                "an https, s3, gs or hf address"
-            )
+    def __init__(self, folder: str | Path, max_bytes: int = 200 << 30) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
 
     def path(self, sha256: str, suffix: str = ".tar") -> Path:
         return self.folder / sha256[:2] / f"{sha256}{suffix}"
@@ -111,7 +94,6 @@ class ShardCache:
         protocol that this machine has no package for, or when the content is another.
 
         No more than `num_bytes` are taken, where they are given."""
-        self.check(url)
         path = self.path(sha256, suffix)
         if not _touch(path):
             with _locked(path.with_suffix(".lock")):
@@ -127,23 +109,17 @@ class ShardCache:
 
     def read(self, url: str) -> bytes:
         """A small file that has no hash: fetched every time. Raises ValueError for one above MAX_READ_BYTES."""
-        self.check(url)
         return _try_often(url, lambda: _read(url))
 
     def read_if_there(self, url: str) -> bytes | None:
         """The same of a file that need not exist."""
-        self.check(url)
         try:
-            return _read(url) if is_command(url) else _try_often(url, lambda: _read(url))
+            return self.read(url)
         except NotThere:
             return None
         except Refused as error:  # a bucket that nobody may list answers so for what is not there
             logger.warning("%s; going on without this file, which need not exist", error)
             return None
-        except OSError:
-            if is_command(url):  # it does not say why it failed
-                return None
-            raise
 
     def used_bytes(self) -> int:
         with self._settled():
@@ -234,53 +210,12 @@ def _read(url: str) -> bytes:
 
 def _open(url: str, num_bytes: int | None = None) -> Any:
     """The file at `url`, to be read in a `with`; it has `num_bytes`, if its size is known from elsewhere."""
-    if is_command(url):
-        return _output_of(url)
-    is_remote(url)
+    is_remote(url)  # raises for what is never fetched
     if url.lower().startswith(("http://", "https://")):
         return open_web(url, num_bytes)
     import fsspec
 
     return fsspec.open(url, "rb")
-
-
-@contextlib.contextmanager
-def _output_of(url: str) -> Iterator[Any]:
-    """What a command prints. Raises OSError when it fails, ValueError when there is no such program."""
-    try:
-        arguments = shlex.split(url[len("pipe:") :])
-    except ValueError as error:
-        raise ValueError(f"{url}: {error}") from error
-    with tempfile.TemporaryFile() as complaints:
-        try:
-            process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints
-            )  # an argument list: no shell reads it
-        except (FileNotFoundError, IndexError) as error:
-            raise ValueError(f"{url}: there is no program {arguments[:1]} on this machine") from error
-        with process:
-            try:
-                assert process.stdout is not None
-                yield _Pipe(process.stdout)
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode:
-            complaints.seek(0)
-            said = " ".join(complaints.read().decode(errors="replace").split())[-300:]
-            raise OSError(f"exit status {process.returncode}: {said or 'it said nothing'}")
-
-
-class _Pipe:
-    """The output of a command. Raises TimeoutError when nothing comes for STALL_S."""
-
-    def __init__(self, output: IO[bytes]) -> None:
-        self._descriptor = output.fileno()
-
-    def read(self, size: int) -> bytes:
-        if not select.select([self._descriptor], [], [], STALL_S)[0]:
-            raise TimeoutError(f"it printed nothing for {STALL_S:.0f} s")
-        return os.read(self._descriptor, size)
 
 
 def _try_often(url: str, fetch: Callable[[], Result]) -> Result:
@@ -306,7 +241,7 @@ _told_at: dict[str, float] = {}  # server -> when
 
 def _tell_once(url: str, seen: str, wait_s: float) -> None:
     """Say what was seen of a server: once in the time of all tries, of however many files threads ask it for."""
-    server = url if is_command(url) else urlsplit(url).netloc
+    server = urlsplit(url).netloc
     now = time.monotonic()
     if now - _told_at.get(server, -float("inf")) >= wait_s:
         _told_at[server] = now

@@ -6,7 +6,6 @@ config.yaml  run.json  log.jsonl  checkpoints/  export/  status
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -17,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pivot.config import Config, ConfigError, DPOConfig, ObjectiveConfig, SFTConfig
+from pivot.config import KEYS, Config, ConfigError, flatten
 from pivot.config_load import load_saved, to_yaml
 from pivot.models.parts import is_model
 from pivot.run.checkpoint import MANIFEST, published, sweep
@@ -26,28 +25,6 @@ from pivot.system.lock import FileLock, Held
 from pivot.system.redact import redact, redact_values
 
 DONE, PREEMPTED, FAILED, RUNNING = "done", "preempted", "failed", "running"
-
-# What a resume may change: nothing here decides which numbers a step computes.
-_FREE_ON_RESUME = (
-    "output_dir",
-    "deepspeed",
-    "log",
-    "checkpoint",
-    "evaluate",
-    "data.eval",
-    "data.train",  # the plan compares the data's fingerprint, so a set may move
-    "data.workers",
-    "data.cache_dir",
-    "objective.dpo.reference_per_token",
-    "data.shard_cache",
-    "data.shard_cache_gb",
-    "data.allow_pipe",
-    "train.max_tokens_per_micro_batch",
-    "train.activation_checkpointing",
-    "train.attention",
-    "train.timeout_s",
-)
-
 
 # What may lie in a folder that is no run yet: our own first files, and what job schedulers, launchers, file systems and
 # dying processes leave behind. Everything else may be somebody's work.
@@ -225,10 +202,10 @@ def _in_words(path: Path) -> Iterator[None]:
 
 
 def require_same_run(before: Config, now: Config) -> None:
-    """ConfigError that lists every setting that changed and must not (see _FREE_ON_RESUME)."""
+    """ConfigError that lists every setting that changed and must not (`resume` in pivot/config.py)."""
     old, new = flatten(before), flatten(now)
     changed = [key for key in sorted(old.keys() | new.keys()) if _shown(before, old, key) != _shown(now, new, key)]
-    changed = [key for key in changed if not _is_free(key)]
+    changed = [key for key in changed if not KEYS[key].resume]
     if "train.max_steps" in changed and _only_longer(before, now):
         changed.remove("train.max_steps")
     if changed:
@@ -237,10 +214,6 @@ def require_same_run(before: Config, now: Config) -> None:
             f"output_dir: {now.output_dir} holds a run with other settings ({listed}); "
             "set them back to go on, or choose another output_dir"
         )
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE_ON_RESUME)
 
 
 def _shown(config: Config, flat: dict[str, Any], key: str) -> Any:
@@ -255,12 +228,13 @@ def settings_digests(config: Config, run_id: str) -> dict[str, str]:
     The values themselves may be secrets; the id keeps two runs' digests from telling that they share one. config.yaml
     cannot tell that a variable of the environment has another value now, and a foreign checkpoint has none beside it.
     """
-    defaults = flatten(Config(objective=ObjectiveConfig(sft=SFTConfig(), dpo=DPOConfig())))
     digests = {}
-    for key, value in flatten(config).items():
-        if not _is_free(key) and key != "train.max_steps" and (key not in defaults or defaults[key] != value):
-            text = json.dumps([run_id, key, value], sort_keys=True, default=str)
-            digests[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    for name, value in flatten(config).items():
+        key = KEYS[name]
+        # Of an absent section there is a digest, too: it tells which objective the run has not.
+        if not key.resume and name != "train.max_steps" and (key.section is not None or key.default != value):
+            text = json.dumps([run_id, name, value], sort_keys=True, default=str)
+            digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return digests
 
 
@@ -273,6 +247,8 @@ def require_own_checkpoint(folder: Path, manifest: dict[str, Any], config: Confi
     if "settings" not in manifest:  # written before checkpoints told them
         return
     before, now = manifest["settings"], settings_digests(config, run_id)
+    # An absent section that the manifest does not tell of came with a later version, as another objective does.
+    now = {key: digest for key, digest in now.items() if key in before or KEYS[key].section is None}
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise ConfigError(
@@ -286,13 +262,3 @@ def _only_longer(before: Config, now: Config) -> bool:
     old, new = before.train.max_steps, now.train.max_steps
     constant = now.optim.schedule == "constant" and now.optim.warmup_ratio == 0.0
     return constant and old is not None and new is not None and new > old
-
-
-def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Full key -> value of every setting."""
-    if not dataclasses.is_dataclass(section):
-        return {prefix: section}
-    flat: dict[str, Any] = {}
-    for spec in dataclasses.fields(section):
-        flat |= flatten(getattr(section, spec.name), f"{prefix}.{spec.name}" if prefix else spec.name)
-    return flat

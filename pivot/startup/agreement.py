@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 
-from pivot.config import Config, ConfigError
+from pivot.config import KEYS, Config, ConfigError, flatten
 from pivot.config_check import read_deepspeed_json
-from pivot.run.folder import flatten
 from pivot.system import distributed
-
-# What the machines of a run may have of their own: it decides no number, and no step waits for it elsewhere.
-_FREE_ON_RANKS = ("data.workers", "data.cache_dir", "data.shard_cache", "data.shard_cache_gb")
 
 
 def require_same_settings(config: Config) -> None:
-    """ConfigError on every rank, naming key, ranks and values, unless all have the same settings. Collective."""
-    mine = {key: repr(value) for key, value in flatten(config).items() if key not in _FREE_ON_RANKS}
+    """ConfigError on every rank, naming key, ranks and values, unless all have the same settings. Collective.
+
+    What each machine may have of its own (`ranks` in pivot/config.py) is not compared.
+    """
+    mine = {key: repr(value) for key, value in flatten(config).items() if not KEYS[key].ranks}
     mine |= {f"deepspeed's {key}": repr(value) for key, value in read_deepspeed_json(config.deepspeed).items()}
     if len(set(distributed.gather(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()))) == 1:
         return

@@ -39,7 +39,7 @@ def open_training_data(config: Config) -> TrainingData:
     sources = read_train_sources(config.data.train)
     cache_dir = resolve_cache_dir(config, sources[0].path)
     folder = config.data.shard_cache or cache_dir / "fetched"
-    shard_cache = ShardCache(folder, int(config.data.shard_cache_gb * 1e9), allow_pipe=config.data.allow_pipe)
+    shard_cache = ShardCache(folder, int(config.data.shard_cache_gb * 1e9))
     shards = ShardSet.join([ShardSet.open(source.path, shard_cache) for source in sources])
     shards.check_cache()
     return TrainingData(sources, shards, cache_dir, shard_cache)

@@ -48,11 +48,9 @@ def open_references(
     score = start_weights if own and start_weights is not None else _Lazy(partial(_build_scorer, config, inputs, world))
     # By rank 0: it reads every byte of the weights.
     fingerprint = distributed.broadcast(resolve_fingerprint(config, inputs) if world.is_main else "")
-    dpo = config.objective.dpo
 
     def complete(shards: ShardSet, cache_dir: Path, plan: Plan) -> ReferenceCache:
-        per_token = dpo is not None and dpo.reference_per_token
-        cache = ReferenceCache(cache_dir, fingerprint, shards, per_token=per_token)
+        cache = ReferenceCache(cache_dir, fingerprint, shards)
         missing = distributed.broadcast(cache.first_missing(plan))
         if missing is not None:
             started = time.monotonic()

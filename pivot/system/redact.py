@@ -2,7 +2,7 @@
 
     redact("https://me:pw@host/set?token=abc")    # "https://***@host/set?token=***"
     remember("HF_TOKEN", "abc")                   # pivot.config_load does it for what a YAML takes from there
-    redact("pipe:fetch abc")                      # "pipe:fetch ${oc.env:HF_TOKEN}"
+    redact("data.train: abc/set")                 # "data.train: ${oc.env:HF_TOKEN}/set"
 
 Whatever prints for a reader or writes into a run's folder passes its text through here.
 """

@@ -14,7 +14,7 @@ import pytest
 
 from data_tools.pack import PackOptions, pack
 from launch.command import main, report
-from pivot.config import REPOSITORY
+from pivot.config import KEYS, MISSING, REPOSITORY
 from pivot.data import remote
 from pivot.run import checkpoint
 from pivot.system.distributed import FailedElsewhere
@@ -168,6 +168,22 @@ def test_usage_names_the_flag(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "usage: deepspeed launch/train_dpo.py CONFIG" in capsys.readouterr().out
 
 
+def test_help_says_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its default, its values, and who may change it; a section's settings stand under its name."""
+    assert main("dpo", ["--help"]) == 0
+    shown = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    for key in KEYS.values():
+        head = key.name + ":" if key.section is not None or key.default == MISSING else key.name + "="
+        assert sum(line.startswith(head) for line in lines) == 1, key.name
+        assert " ".join(key.text.split()) in " ".join(lines), key.name
+    assert "data.workers=2 0 to 256 resume, ranks" in lines
+    assert "optim.schedule=cosine cosine | linear | constant" in lines
+    assert "train.global_batch_size: must be given at least 1" in lines
+    assert lines[lines.index("model: " + KEYS["model"].text) + 1].startswith("model.projector=mlp2x_gelu")
+    assert max(map(len, shown.splitlines())) <= 120
+
+
 @pytest.mark.parametrize("script", ["train_sft", "train_dpo"])
 def test_scripts_start_from_anywhere(script: str, tmp_path: Path) -> None:
     """A checkout works without being installed, and --help needs no package."""
@@ -190,12 +206,10 @@ def test_a_set_out_of_reach_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
     with pytest.raises(OSError) as found:
-        remote.ShardCache(tmp_path, allow_pipe=True).read("pipe:cat /nowhere/manifest.json")
+        remote.ShardCache(tmp_path).read("http://127.0.0.1:1/manifest.json")
     assert report(found.value) == 1
     told = capsys.readouterr().err
-    assert told.startswith(
-        "error: pipe:cat /nowhere/manifest.json: OSError: exit status 1: cat: /nowhere/manifest.json"
-    )
+    assert told.startswith("error: http://127.0.0.1:1/manifest.json: ") and "(7 tries); see whether the server" in told
     assert told.count("\n") == 1
 
 

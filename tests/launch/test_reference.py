@@ -11,17 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from launch.command import main
 from pivot.config import REPOSITORY
 from pivot.config_load import load_config
 from pivot.data import reference_cache as reference
-from pivot.data.loader import Loader
-from pivot.data.reference_cache import ROLES, ReferenceCache
 from pivot.data.shards import ShardSet
 from pivot.startup import references as scoring
-from pivot.startup.inputs import Inputs, open_inputs
+from pivot.startup.inputs import open_inputs
 from pivot.system import distributed
 from tests.kit.runs import write_dpo_run
 
@@ -163,52 +160,3 @@ def test_one_changed_byte_is_a_miss(folder: Path, tmp_path: Path, monkeypatch: p
         assert fingerprint(folder, f"data.chat_template={tmp_path}/llava/chat_template.jinja") == own
         assert change(folder, tmp_path, monkeypatch) != own, change.__name__
     assert other_version(folder, tmp_path, monkeypatch) != own
-
-
-# -- per token -----------------------------------------------------------------------------------------------------
-
-
-def test_values_per_token_sum_to_the_stored_sums(folder: Path, tmp_path: Path) -> None:
-    """A cache of sums gains the tokens when they are asked for; every batch then finds one value a target."""
-    assert command(folder) == 0
-    cache = tmp_path / "cache"
-    shutil.copytree(folder / "cache" / "ref", cache / "ref")
-    assert command(folder, f"data.cache_dir={cache}", "objective.dpo.reference_per_token=true") == 0
-    world = distributed.start(60.0)
-    try:
-        config = load_config(folder / "run.yaml", [f"data.cache_dir={cache}"], "dpo")
-        inputs: Inputs = open_inputs(config, world, lambda text: None)
-        found = ReferenceCache(cache, scoring.resolve_fingerprint(config, inputs), inputs.data.shards, per_token=True)
-    finally:
-        distributed.stop()
-    plan, scored = inputs.plan.another(limit=inputs.plan.num_pairs, max_tokens_per_micro_batch=500), 0
-    assert found.first_missing(plan) is None
-    for _, micro_batches in Loader(inputs.data.shards, plan, inputs.processor):
-        for batch in micro_batches:
-            tokens = found.lookup_tokens(batch)
-            assert tokens.shape == batch.target_ids.shape and bool((tokens < 0).all())
-            torch.testing.assert_close(batch.completion_logps(tokens), found.lookup(batch), rtol=0, atol=1e-5)
-            scored += len(ROLES) * batch.num_pairs
-    assert scored == 2 * inputs.plan.num_pairs
-
-
-def test_a_token_too_few_is_an_error(folder: Path, tmp_path: Path) -> None:
-    """Offsets of another tokenizer's completions, say: the row is named and the way out."""
-    cache = tmp_path / "cache"
-    assert command(folder, f"data.cache_dir={cache}", "objective.dpo.reference_per_token=true") == 0
-    world = distributed.start(60.0)
-    try:
-        config = load_config(folder / "run.yaml", [f"data.cache_dir={cache}"], "dpo")
-        inputs = open_inputs(config, world, lambda text: None)
-        print_of = scoring.resolve_fingerprint(config, inputs)
-    finally:
-        distributed.stop()
-    for path in (cache / "ref").rglob("*.offsets.npy"):
-        offsets = np.load(path)
-        offsets[1:] -= 1
-        np.save(path, offsets)
-    found = ReferenceCache(cache, print_of, inputs.data.shards, per_token=True)
-    _, micro_batches = next(iter(Loader(inputs.data.shards, inputs.plan, inputs.processor)))
-    with pytest.raises(ValueError, match="expected .*; delete the folder"):
-        for batch in micro_batches:
-            found.lookup_tokens(batch)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pivot.config import Config, ConfigError
-from pivot.config_load import load_config
+from pivot.config_load import load_config, to_yaml
 from pivot.run.folder import RunFolder, require_own_checkpoint, settings_digests
 from tests.kit.runs import SETTINGS
 
@@ -233,3 +233,46 @@ def test_digests_tell_no_value_and_leave_defaults_out(tmp_path: Path, config: Co
     assert "optim.eps" not in digests and "train.max_steps" not in digests
     assert "12345" not in json.dumps(digests)
     assert digests["train.seed"] != settings_digests(make_config(tmp_path, "train.seed=12345"), "b")["train.seed"]
+
+
+EARLIER = {  # what the version before this law was written put into a manifest, for the run "a" of `make_config`
+    "model.language_model.path": "fdccae5ad2648f4b",
+    "model.vision_tower.path": "036c313b4c0573e8",
+    "objective.sft": "275aa200143ec41c",
+    "optim.language_model.lr": "832187cf980889b6",
+    "optim.projector.lr": "88be58c294d040b1",
+    "optim.vision_tower.lr": "bb6348eee9b4480c",
+    "train.global_batch_size": "21c24146ad6272ad",
+}
+
+
+def test_digests_stay_those_of_earlier_versions(config: Config) -> None:
+    assert EARLIER.items() <= settings_digests(config, "a").items()
+    require_own_checkpoint(Path("step"), {"run": "a", "settings": EARLIER}, config, "a")
+
+
+def test_an_objective_that_a_later_version_adds_changes_nothing(config: Config) -> None:
+    """Its section is absent from the run, and from the manifest; one that the run has is another matter."""
+    earlier = {key: digest for key, digest in EARLIER.items() if key != "objective.sft"}
+    require_own_checkpoint(Path("step"), {"run": "a", "settings": earlier}, config, "a")
+    of_sft = earlier | {"objective.dpo": "c18262aa04f7b01c"}
+    with pytest.raises(ConfigError, match="with another value of objective.dpo "):
+        require_own_checkpoint(Path("step"), {"run": "a", "settings": of_sft}, config, "a")
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(folder: RunFolder, config: Config) -> None:
+    """Its config.yaml holds keys that are gone, and names a DeepSpeed JSON that is gone: a resume may take another."""
+    claim(folder, config)
+    add_checkpoint(folder, 2)
+    earlier = to_yaml(config).replace("ds_configs/zero3.json", "gone.json")
+    earlier = earlier.replace("data:\n", "data:\n  allow_pipe: false\n", 1)
+    earlier = earlier.replace("  dpo:\n", "  dpo:\n    reference_per_token: false\n", 1)
+    assert "gone.json" in earlier and "allow_pipe" in earlier and "reference_per_token" in earlier
+    (folder.path / "config.yaml").write_text(earlier)
+    claim(folder, config)
+    assert (folder.path / "config.yaml").read_text() == to_yaml(config)
+    (folder.path / "config.yaml").write_text(earlier.replace("allow_pipe: false", "allow_pipe: true"))
+    with pytest.raises(
+        ConfigError, match="cannot be read.*data.allow_pipe: found True, but the key is gone: no command"
+    ):
+        claim(folder, config)

@@ -97,7 +97,7 @@ def spoil_reference(folder: Path) -> None:
 
 def references(folder: Path) -> None:
     """The command fills an own cache, says at once that it is complete, and training finds everything there."""
-    changes = {"data.cache_dir": f"{folder}/scored-cache", "objective.dpo.reference_per_token": "true"}
+    changes = {"data.cache_dir": f"{folder}/scored-cache"}
     for name in ("the command", "the command again", "a run behind it"):
         if dist.get_rank() == 0:
             print(f"--- {name}", flush=True)
