@@ -44,7 +44,7 @@ from pivot.data.loader import Loader, MicroBatches
 from pivot.data.manifest import MANIFEST_VERSION, Shard, set_fingerprint
 from pivot.data.plan import Plan, PlanSettings
 from pivot.data.shards import ShardSet
-from pivot.geometry import EncoderFacts
+from pivot.encoders.facts import EncoderFacts
 from pivot.processor import Processor
 from pivot.system.files import write_json
 

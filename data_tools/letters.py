@@ -13,7 +13,7 @@ import numpy as np
 from pivot.data.lengths import LENGTH_RECORD, Lengths
 from pivot.data.samples import image_parts, message_text
 from pivot.data.shards import ShardSet
-from pivot.geometry import ImageGeometry
+from pivot.encoders.facts import ImageGeometry
 from pivot.processor import EncodedPair
 
 IMAGE_TOKENS = 64

@@ -63,15 +63,16 @@ def read_overrides(options: argparse.Namespace) -> list[str]:
 def open_run(config: Path, overrides: list[str]) -> RunData:
     """Open the data that a run would train on; of a remote set the index is fetched."""
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets; stdout is for the result
-        from pivot.models.build import settle_sources
+        from pivot.models.build import resolve_sources
         from pivot.models.skeleton import build_skeleton
         from pivot.processor import build_processor
         from pivot.startup.data import open_training_data
 
     loaded = load_config(config, overrides)
-    model = settle_sources(loaded).model
-    processor = build_processor(model, loaded.data)
-    return RunData(loaded, processor, open_training_data(loaded), build_skeleton(model, len(processor.tokenizer)))
+    sources = resolve_sources(loaded)
+    processor = build_processor(sources.model, loaded.data, sources.encoder)
+    skeleton = build_skeleton(sources.model, len(processor.tokenizer), sources.encoder)
+    return RunData(loaded, processor, open_training_data(loaded), skeleton)
 
 
 def count_tokens(shards: ShardSet, processor: Processor, cache_dir: Path, output: Output, workers: int) -> None:

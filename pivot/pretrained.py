@@ -1,16 +1,17 @@
-"""How what transformers saved comes into being: configurations, weights read strictly or drawn; never remote code."""
+"""What transformers saves: configurations, weights read strictly or drawn, never remote code; written and read back."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 # Gives a context in which the full values of parameters can be read that ZeRO-3 has partitioned.
@@ -64,6 +65,26 @@ def build_random(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     config.dtype = dtype
     config._attn_implementation = "sdpa"
     return model_class(config).to(dtype=dtype)
+
+
+def draws_weights(path: str) -> bool:
+    """Whether `path` is a bare configuration, whose weights are drawn from torch's global seed."""
+    return path.endswith(".json")
+
+
+def digest_weights(path: str) -> str:
+    """sha256 of a file, or of the weights and settings of a folder; a hub id with the commit that was resolved."""
+    if Path(path).is_file():
+        with Path(path).open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    if not Path(path).is_dir():
+        return f"{path}@{getattr(read_config(path, 'init_from'), '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json"):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_config(path: str, key: str) -> PretrainedConfig:
@@ -126,3 +147,38 @@ def read_json(path: str, name: str) -> dict[str, Any]:
         return json.loads(file.read_text("utf-8")) if file else {}
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
+
+
+def build_shell(model_class: type[PreTrainedModel], config: Any, values: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model without memory that `values` fit: each parameter has one of its shape, and no other is given."""
+    dtypes = {value.dtype for value in values.values()}
+    if len(dtypes) != 1:
+        raise RuntimeError(f"expected all parameters of one dtype, found {sorted(map(str, dtypes))}; cast them first")
+    config.dtype = dtypes.pop()
+    config._attn_implementation = "sdpa"  # ours (the prefix tree) means nothing to others
+    with torch.device("meta"):
+        shell = model_class(config)
+    expected = {name: parameter.shape for name, parameter in shell.named_parameters()}  # a tied head has no entry
+    given = {name: value.shape for name, value in values.items()}
+    wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} parameters do not fit a {model_class.__name__}, the first is '{wrong[0]}': found "
+            f"{given.get(wrong[0], 'none')}, expected {expected.get(wrong[0], 'none')}"
+        )
+    return shell
+
+
+def save_and_compare(folder: str | Path, shell: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
+    """Write `values` as a model of the shell's class; RuntimeError unless that class reads back what was written."""
+    shell.save_pretrained(folder, state_dict={k: v.detach().cpu().contiguous() for k, v in values.items()})
+    model = load_strictly(type(shell), str(folder), str(folder), dtype="auto")
+    require_equal_values(dict(model.named_parameters()), values, folder)
+
+
+def require_equal_values(loaded: Mapping[str, Tensor], values: Mapping[str, Tensor], folder: str | Path) -> None:
+    """RuntimeError unless every value that was written is what the stock library reads (into float32: still exact)."""
+    for name, value in values.items():
+        read = loaded[name].detach()
+        if read.shape != value.shape or not torch.equal(read, value.to("cpu", read.dtype)):
+            raise RuntimeError(f"{folder}: '{name}' was not read back as it was written; do not use this folder")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pivot.batch import PackedBatch, StepCounts
 from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig, VisionTowerConfig
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import build_vision_tower
 from pivot.evaluate.generation import _decode, _embed, _left_pad, stock_attention
 from pivot.evaluate.pairs import Terms
 from pivot.meter import ComponentMeter
@@ -19,7 +21,6 @@ from pivot.metrics import StepMetrics
 from pivot.models.attention import choice, choose_attention
 from pivot.models.attention import varlen as varlen_module
 from pivot.models.mllm import MLLM
-from pivot.models.vision import build_vision_tower
 from pivot.objectives import build_objective
 from pivot.startup.selfcheck import start_margins
 from pivot.step import run_micro_batch
@@ -229,7 +230,7 @@ def test_flash_attention_gets_what_it_takes(folders: dict[str, Path], monkeypatc
 @pytest.mark.parametrize("with_timm", [False, True])
 def test_an_open_clip_encoder_stays_on_the_gpu(tmp_path: Path, with_timm: bool) -> None:
     name = tiny_open_clip(tmp_path, with_timm=with_timm)
-    tower = build_vision_tower(VisionTowerConfig(path=f"open_clip:{name}"), dtype=torch.bfloat16)
+    tower = build_vision_tower(resolve_encoder(VisionTowerConfig(path=f"open_clip:{name}")), dtype=torch.bfloat16)
     pixels = random_images(2)
     with fake_gpu():
         pixels = pixels.to(GPU)

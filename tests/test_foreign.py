@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from pivot.config import Config, DataConfig
 from pivot.config_load import read_settings
 from pivot.evaluate.load import load_export
-from pivot.models.build import build_mllm, settle_sources
+from pivot.models.build import build_mllm, resolve_sources
 from pivot.models.language import check_positions
 from pivot.models.parts import write_model
 from pivot.models.skeleton import build_skeleton
@@ -50,7 +50,7 @@ def spoil(folder: Path, part: str | None, **keys: Any) -> Config:
 
 @pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
 def test_a_checkpoint_does_not_switch_recomputing_on(tmp_path: Path, part: str | None) -> None:
-    sources = settle_sources(spoil(tiny.tiny_llava(tmp_path), part, gradient_checkpointing=True))
+    sources = resolve_sources(spoil(tiny.tiny_llava(tmp_path), part, gradient_checkpointing=True))
     processor = build_processor(sources.model, DataConfig())
     model = build_mllm(
         sources, processor, seed=0, dtype=torch.float32, loading=nullcontext, gather=lambda _: nullcontext()
@@ -59,7 +59,7 @@ def test_a_checkpoint_does_not_switch_recomputing_on(tmp_path: Path, part: str |
 
 
 def test_a_decoder_that_sees_what_follows_is_refused(tmp_path: Path) -> None:
-    sources = settle_sources(spoil(tiny.tiny_llava(tmp_path), "text_config", is_causal=False))
+    sources = resolve_sources(spoil(tiny.tiny_llava(tmp_path), "text_config", is_causal=False))
     with pytest.raises(ValueError, match="has attention to what follows"):
         build_skeleton(sources.model, 260)
 

@@ -22,7 +22,8 @@ from pivot.data.lengths import image_prefix
 from pivot.trees import Segments
 
 if TYPE_CHECKING:
-    from pivot.processor import EncodedPair, ImageGeometry
+    from pivot.encoders.facts import ImageGeometry
+    from pivot.processor import EncodedPair
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,21 @@
-"""Image files to uint8 pixels of one square size. Normalising is the model's, on the device: a quarter of the bytes.
-
-Resizing is torch's antialiased one on uint8, which transformers' processors use too. It differs from Pillow's by at
-most one level and needs a third of the time.
-"""
+"""Image files to uint8 pixels of one square size. Normalising is the model's, on the device: a quarter of the bytes."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pivot.data import image_cost
-
-if TYPE_CHECKING:
-    from pivot.processor import ImageGeometry
+from pivot.encoders.facts import ImageGeometry
+from pivot.encoders.square import fit_square
 
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 STRIP_PIXELS = 1 << 18  # converted to RGB at a time
-MAX_RATIO = 16  # of the sides of an image, cropped just as transformers does
-MAX_PADDED_PIXELS = 30_000_000  # of the square that a longer image is laid on before it is resized: 90 MB
-MAX_BETWEEN_PIXELS = 30_000_000  # of the image between the two passes of a resize
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -57,51 +46,6 @@ def decode_rgb(data: bytes) -> np.ndarray:
 def load_image(data: bytes, geometry: ImageGeometry) -> Tensor:
     """uint8[3, size, size] of an image file, fitted as the geometry says."""
     return fit_square(decode_rgb(data), geometry.size, geometry.fit, geometry.mean, geometry.resample)
-
-
-def fit_square(
-    rgb: np.ndarray, size: int, fit: str, mean: tuple[float, float, float], resample: str = "bicubic"
-) -> Tensor:
-    """uint8[3, size, size] of uint8[H, W, 3]: `squash` both sides, `crop` the centre, or `pad` with the mean colour.
-
-    The pixels are those of transformers' processors, which crop behind the resize and pad before it.
-    """
-    if fit == "crop":
-        return _crop(rgb, size, resample)
-    if fit == "pad":
-        return _pad(rgb, size, mean, resample)
-    if fit == "squash":
-        return _resize(rgb, size, size, resample)
-    raise ValueError(f"data.image.fit is {fit!r}, expected squash, pad or crop")
-
-
-def _crop(rgb: np.ndarray, size: int, resample: str) -> Tensor:
-    height, width = rgb.shape[:2]
-    longest = MAX_RATIO * min(height, width)  # of a longer one, cut what would be resized for nothing
-    rgb = _middle(rgb, min(height, longest), min(width, longest))
-    height, width = rgb.shape[:2]
-    short = min(height, width)
-    resized = _resize(rgb, int(size * height / short), int(size * width / short), resample)
-    return _middle(resized.permute(1, 2, 0), size, size).permute(2, 0, 1).contiguous()
-
-
-def _middle(pixels: Any, height: int, width: int) -> Any:
-    """The middle of [H, W, 3], rounded towards its start as transformers rounds."""
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    return pixels[top : top + height, left : left + width]
-
-
-def _pad(rgb: np.ndarray, size: int, mean: tuple[float, float, float], resample: str) -> Tensor:
-    height, width = rgb.shape[:2]
-    longest = max(height, width)
-    color = [int(255 * value) for value in mean]
-    if longest * longest > MAX_PADDED_PIXELS:  # its square would be too large to hold: pad behind the resize
-        height, width = max(1, size * height // longest), max(1, size * width // longest)
-        rgb, longest = _resize(rgb, height, width, resample).permute(1, 2, 0).numpy(), size
-    square = np.full((longest, longest, 3), color, dtype=np.uint8)
-    top, left = (longest - height) // 2, (longest - width) // 2
-    square[top : top + height, left : left + width] = rgb
-    return _resize(square, size, size, resample)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -184,13 +128,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _resize(rgb: np.ndarray, height: int, width: int, resample: str) -> Tensor:
-    # From H, W, 3 in memory: the channels-last layout that torch's fast uint8 path wants.
-    pixels = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
-    if rgb.shape[0] * width > MAX_BETWEEN_PIXELS:  # torch resizes the rows first, all of a very high image
-        pixels = F.interpolate(pixels, size=(height, rgb.shape[1]), mode=resample, antialias=True)
-    if pixels.shape[2:] != (height, width):
-        pixels = F.interpolate(pixels, size=(height, width), mode=resample, antialias=True)
-    return pixels[0].contiguous()

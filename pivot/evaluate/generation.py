@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pivot.models.mllm import MLLM
-from pivot.models.renamed import cache_argument
+from pivot.renamed import cache_argument
 
 
 @contextlib.contextmanager

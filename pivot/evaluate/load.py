@@ -5,17 +5,16 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlavaConfig
 
-from pivot.config import Config, DataConfig, ModelConfig
+from pivot.config import Config, DataConfig
 from pivot.config_load import read_settings
-from pivot.geometry import describe_vision_tower
-from pivot.models.build import build_mllm, settle_sources
+from pivot.models import llava, parts
+from pivot.models.build import build_mllm, resolve_sources
 from pivot.models.mllm import MLLM
-from pivot.models.parts import PARTS, is_parts, recorded_dtype, recorded_model
+from pivot.models.parts import PARTS, is_parts
 from pivot.pretrained import read_config
 from pivot.processor import Processor, build_processor
 
@@ -32,38 +31,35 @@ def find_export(path: str | Path) -> tuple[Path, Config | None]:
     run = read_settings(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     export = folder / "export" if run is not None else folder
     if not (is_parts(str(export)) or (export / "config.json").is_file()):
-        state = f"it holds neither config.json nor {PARTS}"
         if run is not None:
-            state = "the run has no export yet (it is written at its end)"
-        raise ValueError(f"{folder}: {state}; expected a run that is done, an HF LLaVA folder, or an export in parts")
+            raise ValueError(
+                f"{folder}: the run holds no export, which is written after its last step; start the run again with the "
+                "same command, and it goes on from its last checkpoint"
+            )
+        raise ValueError(
+            f"{folder}: it holds neither config.json nor {PARTS}; expected a run that is done, an HF LLaVA folder, or "
+            "an export in parts"
+        )
     return export, run
 
 
 def load_export(folder: Path, device: torch.device) -> Loaded:
     """The model of an export in the precision it was written in; layer, CLS and image fit as it says."""
     path = str(folder)
-    model, dtype = (recorded_model(path), recorded_dtype(path)) if is_parts(path) else _read_llava(path)
-    sources = settle_sources(Config(output_dir="unused", init_from=path, model=model))
-    processor = build_processor(sources.model, DataConfig())
+    if not is_parts(path):
+        _require_llava(path)
+    form = parts if is_parts(path) else llava
+    sources = resolve_sources(Config(output_dir="unused", init_from=path, model=form.recorded_model(path)))
+    processor = build_processor(sources.model, DataConfig(), sources.encoder)
+    dtype = form.recorded_dtype(path)
     built = build_mllm(sources, processor, seed=0, dtype=dtype, loading=nullcontext, gather=lambda _: nullcontext())
     return Loaded(built.to(device), processor)
 
 
-def _read_llava(path: str) -> tuple[ModelConfig, torch.dtype]:
+def _require_llava(path: str) -> None:
     config = read_config(path, "--model")
     if not isinstance(config, LlavaConfig):
         raise ValueError(
             f"--model: {path} is a {config.model_type}; expected an HF LlavaForConditionalGeneration folder, or an "
             f"export in parts ({PARTS})"
         )
-    model = ModelConfig()
-    section = model.vision_tower
-    section.path = path
-    if isinstance(
-        config.vision_feature_layer, int
-    ):  # a list is refused with the rest, where the parts are put together
-        section.layer = config.vision_feature_layer
-    if config.vision_feature_select_strategy == "full" and describe_vision_tower(section).has_cls:
-        section.cls = "keep"
-    dtype: Any = config.dtype
-    return model, dtype or torch.float32

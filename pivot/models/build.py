@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,19 @@ import transformers
 from torch import nn
 
 from pivot.config import COMPONENTS, Config, ModelConfig
-from pivot.geometry import OPEN_CLIP, read_vision_config
-from pivot.models.convert import is_llava, load_llava, require_same_features
+from pivot.encoders.facts import Encoder
+from pivot.encoders.library import LIBRARIES, require_same_network, resolve_encoder
+from pivot.encoders.tower import build_vision_tower
 from pivot.models.language import build_language_model, fit_vocabulary
+from pivot.models.llava import is_llava, load_llava, require_agreement, require_same_features
 from pivot.models.mllm import MLLM
-from pivot.models.parts import is_parts, load_projector, part_paths, require_agreement
+from pivot.models.parts import is_parts, load_projector, part_paths, recorded_model
 from pivot.models.projector import Projector
-from pivot.models.vision import build_vision_tower
-from pivot.pretrained import read_config, read_text_config
+from pivot.pretrained import digest_weights, draws_weights, read_text_config
 from pivot.processor import Processor
 
-# Two configurations describe the same network when these agree.
-_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "vocab_size")
+# Two configurations describe the same language model when these agree.
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -37,47 +39,58 @@ class Sources:
     init_from: str | None
     taken: tuple[str, ...]  # the components that come from `init_from`
 
-    @property
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder that `model.vision_tower` names; its configuration is read at the first use."""
+        return resolve_encoder(self.model.vision_tower)
+
+    @cached_property
     def from_parts(self) -> bool:
         return self.init_from is not None and is_parts(self.init_from)
 
-    @property
+    @cached_property
     def whole_llava(self) -> bool:
         return self.init_from is not None and not self.from_parts and is_llava(self.init_from)
 
 
-def settle_sources(config: Config) -> Sources:
+def resolve_sources(config: Config) -> Sources:
     """Fill in the paths that `init_from` stands for. Raises ValueError where it and `model` disagree."""
     model = copy.deepcopy(config.model)
     if config.init_from is None:
         return Sources(model, None, ())
     _require_folder(config.init_from)
-    taken = tuple(config.init_parts or COMPONENTS)
-    if is_parts(config.init_from):
-        return _settle_parts(model, config.init_from, taken)
-    if not is_llava(config.init_from) and taken not in (("vision_tower",), ("language_model",)):
+    sources = Sources(model, config.init_from, tuple(config.init_parts or COMPONENTS))
+    if sources.from_parts:
+        _fill_in_parts(sources, config.init_from)
+    else:
+        _fill_in_folder(sources, config.init_from)
+    return sources
+
+
+def _fill_in_parts(sources: Sources, init_from: str) -> None:
+    if "projector" in sources.taken:
+        require_agreement(init_from, recorded_model(init_from), sources.model)
+    for name, path in part_paths(init_from).items():
+        if name in sources.taken:
+            getattr(sources.model, name).path = path
+
+
+def _fill_in_folder(sources: Sources, init_from: str) -> None:
+    """Of an HF folder: a LLaVA, or an encoder or language model alone."""
+    model, taken = sources.model, sources.taken
+    if not sources.whole_llava and taken not in (("vision_tower",), ("language_model",)):
         raise ValueError(
-            f"init_from: {config.init_from} is not an HF LLaVA folder, so it holds one part; "
+            f"init_from: {init_from} is not an HF LLaVA folder, so it holds one part; "
             "say which with init_parts=[vision_tower] or init_parts=[language_model]"
         )
-    for name in ("vision_tower", "language_model"):
+    for name, require_same in (("vision_tower", require_same_network), ("language_model", _require_same_shape)):
         section = getattr(model, name)
         if name in taken:
-            if section.path is not None and section.path != config.init_from:
-                _require_same_shape(name, section.path, config.init_from)
-            section.path = config.init_from
-    if is_llava(config.init_from) and "projector" in taken:
-        require_same_features(config.init_from, model)
-    return Sources(model, config.init_from, taken)
-
-
-def _settle_parts(model: ModelConfig, init_from: str, taken: tuple[str, ...]) -> Sources:
-    if "projector" in taken:
-        require_agreement(init_from, model)
-    for name, path in part_paths(init_from).items():
-        if name in taken:
-            getattr(model, name).path = path
-    return Sources(model, init_from, taken)
+            if section.path is not None and section.path != init_from:
+                require_same(section.path, init_from)
+            section.path = init_from
+    if sources.whole_llava and "projector" in taken:
+        require_same_features(init_from, model)
 
 
 def _require_folder(path: str) -> None:
@@ -87,16 +100,13 @@ def _require_folder(path: str) -> None:
         raise ValueError(f"init_from: no folder {path}; expected an HF folder, for example a run's export/")
 
 
-def _require_same_shape(name: str, path: str, init_from: str) -> None:
-    if path.startswith(OPEN_CLIP):
-        raise ValueError(f"model.{name}.path: {path} and init_from: {init_from} both name it; leave one out")
-    read: Callable[[str], Any] = read_vision_config if name == "vision_tower" else read_text_config
-    ours, theirs = read(path), read(init_from)
+def _require_same_shape(path: str, init_from: str) -> None:
+    asked, given = read_text_config(path), read_text_config(init_from)
     for field in _SHAPE:
-        found, expected = getattr(ours, field, None), getattr(theirs, field, None)
-        if found != expected:
+        wanted, holds = getattr(asked, field, None), getattr(given, field, None)
+        if wanted != holds:
             raise ValueError(
-                f"model.{name}.path: {path} has {field} {found}, but init_from {init_from} has {expected}; "
+                f"model.language_model.path: {path} has {field} {wanted}, but init_from {init_from} has {holds}; "
                 f"leave the path out, or take other init_parts"
             )
 
@@ -125,7 +135,7 @@ def build_mllm(
             loaded = load_llava(sources.init_from, model, dtype=dtype, gather=gather, parts=taken)
             parts = {name: getattr(loaded, name) for name in taken}
         if "vision_tower" not in parts:
-            parts["vision_tower"] = build_vision_tower(model.vision_tower, dtype=dtype, gather=gather)
+            parts["vision_tower"] = build_vision_tower(sources.encoder, dtype=dtype, gather=gather)
         if "language_model" not in parts:
             assert model.language_model.path is not None
             parts["language_model"] = build_language_model(model.language_model.path, dtype=dtype)
@@ -144,29 +154,13 @@ def build_mllm(
 def weights_fingerprint(sources: Sources, *, seed: int) -> str:
     """sha256 of what decides the starting weights: the files, and for drawn parts their configuration and the seed."""
     model, tower = sources.model, sources.model.vision_tower
+    library = LIBRARIES[sources.encoder.library]
+    text = model.language_model.path
+    assert text is not None
     facts: list[Any] = [sorted(sources.taken), model.projector, tower.layer, tower.post_norm, tower.cls]
-    for path in (tower.path, model.language_model.path, sources.init_from):
-        facts.append(None if path is None else _source_digest(path))
-    if "projector" not in sources.taken or any(_is_drawn(path) for path in (tower.path, model.language_model.path)):
+    facts += [library.digest_weights(sources.encoder.path), digest_weights(text)]
+    facts.append(None if sources.init_from is None else digest_weights(sources.init_from))
+    drawn = library.draws_weights(sources.encoder.path) or draws_weights(text)
+    if "projector" not in sources.taken or drawn:
         facts += [seed, torch.__version__, transformers.__version__]  # they decide which numbers are drawn
     return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def _is_drawn(path: str | None) -> bool:
-    assert path is not None
-    return path.endswith(".json") or (path.startswith(OPEN_CLIP) and "@" not in path)
-
-
-def _source_digest(path: str) -> str:
-    if path.startswith(OPEN_CLIP):
-        return path
-    if Path(path).is_file():
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if not Path(path).is_dir():  # a hub id, pinned by the commit that was resolved
-        return f"{path}@{getattr(read_config(path, 'init_from'), '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*")):
-        if file.suffix in (".safetensors", ".bin", ".json"):
-            with file.open("rb") as content:
-                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()

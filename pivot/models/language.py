@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from pivot.pretrained import build_random, load_strictly, read_config
+from pivot.pretrained import build_random, build_shell, draws_weights, load_strictly, read_config, save_and_compare
+from pivot.processor import Processor
 
 KEY = "model.language_model.path"
 # Dense decoders with rotary positions whose packed rows were held against stock transformers, sequence by sequence.
@@ -23,7 +34,7 @@ def build_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """The *ForCausalLM of a folder or hub id, or one with random weights from a CONFIG.json."""
     config = read_config(path, KEY)
     check_text_config(config, path)
-    if path.endswith(".json"):
+    if draws_weights(path):
         return build_random(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, dtype=dtype)
     return load_strictly(AutoModelForCausalLM, path, f"{KEY}: {path}", config=config, dtype=dtype)
 
@@ -114,3 +125,30 @@ def fit_vocabulary(language_model: PreTrainedModel, num_tokens: int) -> bool:
 def padded_vocabulary(vocab_size: int, num_tokens: int) -> int:
     """Rows that the embeddings have once each of the tokenizer's tokens has one."""
     return vocab_size if num_tokens <= vocab_size else -(-num_tokens // 64) * 64
+
+
+def write_language_model(
+    folder: str | Path, language_model: Any, state_dict: Mapping[str, Tensor], processor: Processor
+) -> None:
+    """Write the language model alone as an HF *ForCausalLM folder with its tokenizer; read back and compared."""
+    prefix, config = "language_model.", copy.deepcopy(language_model.config)
+    values = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    if config.tie_word_embeddings:
+        values.pop("lm_head.weight", None)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    shell = build_shell(model_class, config, values)
+    shell.generation_config = make_generation_config(language_model.generation_config, processor)
+    save_and_compare(folder, shell, values)
+    processor.tokenizer.save_pretrained(folder)
+
+
+def make_generation_config(source: GenerationConfig | None, processor: Processor) -> GenerationConfig:
+    """`source`, made to stop at the end of a turn as the model was trained to."""
+    config = copy.deepcopy(source) if source is not None else GenerationConfig()
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    others = [token for token in stops if token is not None and token != processor.end_of_turn_id]
+    config.eos_token_id = [processor.end_of_turn_id, *others] if others else processor.end_of_turn_id
+    if config.pad_token_id is None:
+        config.pad_token_id = processor.tokenizer.pad_token_id
+    config._from_model_config = False  # else transformers would derive it again, without the above
+    return config

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from pivot.batch import PackedBatch
+from pivot.encoders.tower import VisionTower
 from pivot.models.attention import registered_name
 from pivot.models.decoder import reads_at_targets, streamline
 from pivot.models.head import LMHead
 from pivot.models.projector import Projector
 from pivot.models.recompute import recompute_cheap_modules, recomputing
-from pivot.models.renamed import recompute_blocks
-from pivot.models.vision import VisionTower
+from pivot.renamed import recompute_blocks
 
 
 class MLLM(nn.Module):

@@ -1,7 +1,7 @@
 """A trained model in a folder: HF LLaVA where that can express it, else its parts side by side, each in its own form.
 
-    parts.json               says that this is such a folder, and what the projector is
-    vision_tower/            as its library writes it (open_clip: local-dir), what was set aside back in its place
+    parts.json               says that this is such a folder, what the projector is, and the encoder's library
+    vision_tower/            as that library writes it, what was set aside back in its place
     projector.safetensors
     language_model/          an HF *ForCausalLM with the tokenizer
     processor_config.json    and the tokenizer: the HF LlavaProcessor that prepares what the parts take
@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pivot.config import ModelConfig, VisionTowerConfig
-from pivot.geometry import OPEN_CLIP
-from pivot.models.convert import save_language_model, to_llava_config, write_llava, write_vision_tower
+from pivot.encoders.export import write_encoder
+from pivot.encoders.library import LIBRARIES
+from pivot.models.language import write_language_model
+from pivot.models.llava import to_llava_config, write_llava
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.processor import Processor
@@ -46,16 +48,16 @@ def write_parts(
 ) -> None:
     """Write the three parts; `parts.json` comes last and says why this is not an HF LLaVA."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_vision_tower(folder / "vision_tower", model.vision_tower, state_dict, processor)
+    write_encoder(folder / "vision_tower", model.vision_tower, state_dict, processor.geometry)
     projector = {
         n.removeprefix("projector."): v.contiguous() for n, v in state_dict.items() if n.startswith("projector.")
     }
     save_file(projector, folder / PROJECTOR)
-    save_language_model(folder / "language_model", model.language_model, state_dict, processor)
+    write_language_model(folder / "language_model", model.language_model, state_dict, processor)
     processor.save_pretrained(folder)
     section = model.vision_tower.section
     facts = {"projector": model.projector.kind, "layer": section.layer, "post_norm": section.post_norm}
-    facts |= {"cls": section.cls, "open_clip": model.vision_tower.is_open_clip, "not_llava_because": reason}
+    facts |= {"cls": section.cls, "library": model.vision_tower.encoder.library, "not_llava_because": reason}
     (folder / PARTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -68,7 +70,7 @@ def is_model(folder: Path) -> bool:
     if not is_parts(str(folder)):
         return _holds_weights(folder)
     parts = (folder / "vision_tower", folder / "language_model")
-    return (folder / "projector.safetensors").is_file() and all(map(_holds_weights, parts))
+    return (folder / PROJECTOR).is_file() and all(map(_holds_weights, parts))
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -82,21 +84,11 @@ def _holds_weights(folder: Path) -> bool:
 
 def part_paths(path: str) -> dict[str, str]:
     """Where a folder of parts holds the encoder and the language model, as `model.*.path` names them."""
-    prefix = f"{OPEN_CLIP}local-dir:" if _read(path)["open_clip"] else ""
-    return {"vision_tower": f"{prefix}{path}/vision_tower", "language_model": f"{path}/language_model"}
-
-
-def require_agreement(path: str, model: ModelConfig) -> None:
-    """ValueError where the run's settings ask for other features or another projector than the folder was made with."""
-    facts, section = _read(path), model.vision_tower
-    for key, name, wanted in (
-        ("model.projector", "projector", model.projector),
-        ("model.vision_tower.layer", "layer", section.layer),
-        ("model.vision_tower.post_norm", "post_norm", section.post_norm),
-        ("model.vision_tower.cls", "cls", section.cls),
-    ):
-        if facts[name] != wanted:
-            raise ValueError(f"{key}: {wanted}, but '{path}' was made with {facts[name]}; set {key}={facts[name]}")
+    library = _read(path)["library"]
+    if library not in LIBRARIES:
+        raise ValueError(f"{path}: its encoder is of {library}; this release has {', '.join(LIBRARIES)}")
+    tower = LIBRARIES[library].name_folder(f"{path}/vision_tower")
+    return {"vision_tower": tower, "language_model": f"{path}/language_model"}
 
 
 def recorded_model(path: str) -> ModelConfig:
@@ -119,4 +111,7 @@ def load_projector(path: str, projector: Projector, dtype: torch.dtype) -> Proje
 
 
 def _read(path: str) -> dict[str, Any]:
-    return json.loads((Path(path) / PARTS).read_text())
+    facts = json.loads((Path(path) / PARTS).read_text())
+    if "library" not in facts:  # written when there were two
+        facts["library"] = "open_clip" if facts["open_clip"] else "transformers"
+    return facts

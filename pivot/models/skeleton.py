@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pivot.config import ModelConfig
-from pivot.geometry import OPEN_CLIP, describe_vision_tower, read_vision_config
+from pivot.encoders.facts import Encoder
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import VisionTower, build_tower_shapes
 from pivot.models.language import check_text_config, padded_vocabulary
 from pivot.models.projector import Projector
-from pivot.models.vision import MODEL_CLASSES, VisionTower, load_open_clip, wrap_encoder
 from pivot.pretrained import read_config
 
 
@@ -42,10 +43,7 @@ class Skeleton:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def encoder_blocks(self) -> nn.ModuleList:
-        model = self.vision_tower.model
-        if not self.vision_tower.is_open_clip:
-            return model.encoder.layers
-        return model.trunk.blocks if hasattr(model, "trunk") else model.transformer.resblocks
+        return self.vision_tower.blocks()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Tied ones once."""
@@ -53,10 +51,13 @@ class Skeleton:
             yield from component.parameters()
 
 
-def build_skeleton(model: ModelConfig, num_tokens: int) -> Skeleton:
-    """The shapes of `model`, its paths filled in, with a vocabulary for at least `num_tokens`. Reads configurations."""
+def build_skeleton(model: ModelConfig, num_tokens: int, encoder: Encoder | None = None) -> Skeleton:
+    """The shapes of `model`, its paths filled in, with a vocabulary for at least `num_tokens`. Reads configurations.
+
+    `encoder`: what `model.vision_tower` names, where that was resolved before.
+    """
     with torch.device("meta"), _unwarned():
-        tower = _build_tower(model)
+        tower = build_tower_shapes(encoder or resolve_encoder(model.vision_tower))
         language_model = _build_language_model(model, num_tokens)
         projector = Projector(model.projector, tower.width, language_model.config.hidden_size)
     return Skeleton(tower, projector, language_model)
@@ -71,19 +72,6 @@ def _unwarned() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _build_tower(model: ModelConfig) -> VisionTower:
-    section = model.vision_tower
-    assert section.path is not None
-    facts = describe_vision_tower(section)
-    if section.path.startswith(OPEN_CLIP):
-        encoder = load_open_clip(section, with_weights=False).visual
-    else:
-        config = copy.deepcopy(read_vision_config(section.path))
-        config.image_size = facts.size  # where it is another, the positions are resampled
-        encoder = MODEL_CLASSES[config.model_type](config)
-    return wrap_encoder(encoder, section, facts)
 
 
 def _build_language_model(model: ModelConfig, num_tokens: int) -> PreTrainedModel:

@@ -4,6 +4,6 @@
 prompts and shows, `template_limit.py` bounds what a template may take.
 """
 
-from pivot.processor.processor import EncodedPair, ImageGeometry, Processor, build_processor, load_tokenizer
+from pivot.processor.processor import EncodedPair, Processor, build_processor, load_tokenizer
 
-__all__ = ["EncodedPair", "ImageGeometry", "Processor", "build_processor", "load_tokenizer"]
+__all__ = ["EncodedPair", "Processor", "build_processor", "load_tokenizer"]

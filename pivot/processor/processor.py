@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 from jinja2.exceptions import SecurityError, TemplateError
-from PIL import Image
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
-from pivot.config import DataConfig, ModelConfig, VisionTowerConfig
-from pivot.geometry import EncoderFacts, ImageGeometry, describe_vision_tower, read_image_settings
+from pivot.config import DataConfig, ModelConfig
+from pivot.encoders.facts import Encoder, EncoderFacts
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.transformers import build_image_processor, read_image_settings
 from pivot.processor.conversation import ChangedAnswer, check_completion, check_prompt, escape_text
 from pivot.processor.stock import choose_image_fit, describe_other_ids, find_chat_template, require_same, same_features
 from pivot.processor.template_limit import render_bounded, require_bounded
 
-__all__ = ["EncodedPair", "ImageGeometry", "Processor", "build_processor"]
+__all__ = ["EncodedPair", "Processor", "build_processor"]
 
 LENGTH_CODE_VERSION = 2  # raise it when the same sample would get other token ids: side-cars are keyed by it
 IMAGE_TOKEN = "<image>"
@@ -81,8 +82,11 @@ class EncodedPair:
     num_images: int
 
 
-def build_processor(model: ModelConfig, data: DataConfig) -> Processor:
-    """The processor of a run; the tokenizer lies with the language model (beside it, for a bare CONFIG.json)."""
+def build_processor(model: ModelConfig, data: DataConfig, encoder: Encoder | None = None) -> Processor:
+    """The processor of a run; the tokenizer lies with the language model (beside it, for a bare CONFIG.json).
+
+    `encoder`: what `model.vision_tower` names, where that was resolved before.
+    """
     path = model.language_model.path
     if path is None:
         raise ValueError("model.language_model.path: absent; give a folder or a hub id that holds the tokenizer")
@@ -90,11 +94,11 @@ def build_processor(model: ModelConfig, data: DataConfig) -> Processor:
     tokenizer = load_tokenizer(place)
     own, source = find_chat_template(place, tokenizer)
     given = read_chat_template(data.chat_template)
-    facts = describe_vision_tower(model.vision_tower)
-    image_fit = choose_image_fit(model.vision_tower, facts, data.image.fit)
+    encoder = encoder or resolve_encoder(model.vision_tower)
+    image_fit = choose_image_fit(encoder, data.image.fit)
     processor = Processor(
         tokenizer,
-        facts,
+        encoder.facts,
         cls=model.vision_tower.cls,
         fit=image_fit.fit,
         resample=image_fit.resample,
@@ -103,7 +107,7 @@ def build_processor(model: ModelConfig, data: DataConfig) -> Processor:
     processor.notes = (
         _describe_template(processor, own, source, given),
         f"pixels     {image_fit.fit}, {image_fit.resample}: {image_fit.source}",
-        *_compare_to_stock(processor, place, model.vision_tower, own_template=given is None and own is not None),
+        *_compare_to_stock(processor, place, encoder, own_template=given is None and own is not None),
     )
     return processor
 
@@ -120,13 +124,13 @@ def _describe_template(processor: Processor, own: str | None, source: str, given
     return f"prompts    {whose}" + (f"; the tokenizer begins each with {added}" if added else "")
 
 
-def _compare_to_stock(processor: Processor, place: str, tower: VisionTowerConfig, *, own_template: bool) -> list[str]:
+def _compare_to_stock(processor: Processor, place: str, encoder: Encoder, *, own_template: bool) -> list[str]:
     """What could not be compared; ValueError where the processor in the checkpoint's folder prompts otherwise."""
     if not read_image_settings(place):
         return []  # a tokenizer alone: the processor will be ours
     try:
         difference = describe_other_ids(
-            processor, place, images=same_features(tower, processor.encoder, place), own_template=own_template
+            processor, place, images=same_features(encoder, place), own_template=own_template
         )
     except Exception as error:  # whatever a processor of any kind may raise
         reason = str(error).strip().partition("\n")[0]
@@ -435,7 +439,7 @@ class Processor:
 
         keeps_all = self.cls == "keep" or not self.encoder.has_cls
         LlavaProcessor(
-            image_processor=self.image_processor(),
+            image_processor=build_image_processor(self.geometry),
             tokenizer=self.tokenizer,
             patch_size=self.encoder.patch_size,
             vision_feature_select_strategy="full" if keeps_all else "default",
@@ -444,20 +448,6 @@ class Processor:
             chat_template=self.chat_template,
         ).save_pretrained(folder)
         require_same(self, str(folder))
-
-    def image_processor(self) -> Any:
-        """The HF image processor that prepares an image as training does."""
-        from transformers import CLIPImageProcessor, LlavaImageProcessor
-
-        size, mean, std = self.geometry.size, list(self.geometry.mean), list(self.geometry.std)
-        square = {"height": size, "width": size}
-        common: dict[str, Any] = {"image_mean": mean, "image_std": std, "do_convert_rgb": True, "crop_size": square}
-        common["resample"] = Image.Resampling[self.geometry.resample.upper()]
-        if self.geometry.fit == "squash":
-            return CLIPImageProcessor(size=square, do_center_crop=False, **common)
-        if self.geometry.fit == "crop":
-            return CLIPImageProcessor(size={"shortest_edge": size}, do_center_crop=True, **common)
-        return LlavaImageProcessor(size=square, do_pad=True, do_center_crop=False, **common)
 
 
 def _question(text: str) -> dict[str, Any]:

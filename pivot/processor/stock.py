@@ -6,38 +6,18 @@ ours takes over what the folder says, and the two are then compared on samples.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, PreTrainedTokenizerBase
 
-from pivot.config import VisionTowerConfig
-from pivot.data.images import fit_square
-from pivot.geometry import (
-    OPEN_CLIP,
-    EncoderFacts,
-    ImageGeometry,
-    read_image_settings,
-    read_open_clip_preprocessing,
-    split_open_clip,
-)
+from pivot.encoders.facts import Encoder, EncoderFacts, ImageFit, ImageGeometry
+from pivot.encoders.library import LIBRARIES
+from pivot.encoders.square import MAX_LEVELS, as_levels, max_difference, sample_images
 from pivot.pretrained import find_file, read_config, read_json
 
 if TYPE_CHECKING:
     from pivot.processor import Processor
-
-FITS, RESAMPLES = ("squash", "crop", "pad"), ("bicubic", "bilinear")
-# Levels of 255 between two libraries that do the same: Pillow and torch round a resize differently, by one a pass.
-MAX_LEVELS = 3.0
-
-
-class ImageFit(NamedTuple):
-    fit: str
-    resample: str
-    source: str  # for people: who says so
 
 
 # -- the chat template ---------------------------------------------------------------------------------------------
@@ -74,15 +54,14 @@ def _default_template(template: Any, where: str) -> str:
 # -- pixels --------------------------------------------------------------------------------------------------------
 
 
-def choose_image_fit(section: VisionTowerConfig, facts: EncoderFacts, wanted: str | None) -> ImageFit:
+def choose_image_fit(encoder: Encoder, wanted: str | None) -> ImageFit:
     """How an image becomes the square: as `wanted` says, else as the encoder's own image processor does it.
 
     Raises ValueError where that processor does what none of ours does and nothing else is wanted.
     """
-    path = section.path
-    assert path is not None
+    path = encoder.path
     try:
-        own = _read_open_clip_fit(path) if path.startswith(OPEN_CLIP) else _read_own_fit(section, facts)
+        own = LIBRARIES[encoder.library].read_image_fit(encoder)
     except Exception as error:  # whatever a processor of any kind may raise
         reason = str(error).strip().partition("\n")[0]
         why = f"the image processor at {path} cannot be followed: {reason}"
@@ -100,70 +79,16 @@ def choose_image_fit(section: VisionTowerConfig, facts: EncoderFacts, wanted: st
     return ImageFit(wanted, own.resample, f"data.image.fit{differs}")
 
 
-def _read_open_clip_fit(path: str) -> ImageFit | None:
-    if ":" not in split_open_clip(path)[0] and "@" not in path:  # random weights were trained on no way to fit
-        return None
-    settings = read_open_clip_preprocessing(path)
-    fits = {"squash": "squash", "shortest": "crop", "longest": "pad"}
-    resample = settings.get("interpolation")
-    return ImageFit(
-        fits[settings.get("resize_mode") or "shortest"],  # open_clip's own default
-        resample if resample in RESAMPLES else "bicubic",
-        f"the preprocessing of {path}",
-    )
-
-
-def _read_own_fit(section: VisionTowerConfig, facts: EncoderFacts) -> ImageFit | None:
-    path = section.path
-    assert path is not None
-    if not read_image_settings(path):
-        return None
-    images = sample_images(facts.size)
-    stock = _as_levels(AutoImageProcessor.from_pretrained(path, trust_remote_code=False), images, facts)
-    if section.image_size is None and stock.shape[-1] != facts.size:
-        raise ValueError(f"it makes {stock.shape[-1]} pixels a side, and the encoder takes {facts.size}")
-    near = {(fit, way): _distance(stock, images, facts, fit, way) for fit in FITS for way in RESAMPLES}
-    (fit, way), levels = min(near.items(), key=lambda item: item[1])
-    if levels > MAX_LEVELS:
-        raise ValueError(
-            f"its pixels are neither those of a squash nor of a crop or pad (the nearest is {fit}, {way}, up to "
-            f"{levels:.0f} of 255 levels away)"
-        )
-    return ImageFit(fit, way, f"the image processor at {path}")
-
-
-def sample_images(size: int) -> list[np.ndarray]:
-    """A wide and a tall image, larger than `size`, of which each fit and each way to resample makes other pixels."""
-    generator = np.random.default_rng(0)
-    shapes = ((size + size // 2, 2 * size + 5), (2 * size + 7, size + size // 3))
-    return [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
-
-
-def _as_levels(image_processor: Any, images: list[np.ndarray], facts: EncoderFacts) -> Tensor:
-    """float32[I, 3, S, S], from 0 to 255: what an image processor makes of `images`, its normalisation undone."""
-    made = [image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"] for image in images]
-    for pixels in made:
-        if pixels.ndim != 4 or pixels.shape[-1] != pixels.shape[-2]:
-            raise ValueError(f"of one image it makes pixels of the shape {list(pixels.shape[1:])}; expected one square")
-    mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
-    return 255 * (torch.cat(made) * std + mean)
-
-
-def _distance(stock: Tensor, images: list[np.ndarray], facts: EncoderFacts, fit: str, resample: str) -> float:
-    """The most by which a pixel differs, in levels."""
-    ours = torch.stack([fit_square(image, stock.shape[-1], fit, facts.mean, resample) for image in images])
-    return float((ours - stock).abs().max())
-
-
 # -- both, of a whole processor ------------------------------------------------------------------------------------
 
 _TEXTS = ("What is on it? ", "A cup.", "Are you sure?")
 
 
-def same_features(section: VisionTowerConfig, facts: EncoderFacts, path: str) -> bool:
+def same_features(encoder: Encoder, path: str) -> bool:
     """Whether the run takes the features of an image that the HF LLaVA at `path` takes, and so as many tokens."""
     strategy = getattr(read_config(path, "model.language_model.path"), "vision_feature_select_strategy", None)
-    same_cls = strategy is not None and (not facts.has_cls or (strategy == "full") == (section.cls == "keep"))
+    section = encoder.section
+    same_cls = strategy is not None and (not encoder.facts.has_cls or (strategy == "full") == (section.cls == "keep"))
     return same_cls and section.path == path and section.image_size is None
 
 
@@ -188,10 +113,10 @@ def describe_other_ids(processor: Processor, path: str, *, images: bool, own_tem
 def describe_other_pixels(geometry: ImageGeometry, facts: EncoderFacts, image_processor: Any) -> str | None:
     """How a stock image processor prepares sample images otherwise than ours; None where it does not."""
     images = sample_images(geometry.size)
-    stock = _as_levels(image_processor, images, facts)
+    stock = as_levels(image_processor, images, facts)
     if stock.shape[-1] != geometry.size:
         return f"images have {stock.shape[-1]} pixels a side there and {geometry.size} here"
-    levels = _distance(stock, images, facts, geometry.fit, geometry.resample)
+    levels = max_difference(stock, images, facts, geometry.fit, geometry.resample)
     return None if levels <= MAX_LEVELS else f"a pixel differs by {levels:.0f} of 255 levels"
 
 

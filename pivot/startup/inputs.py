@@ -19,7 +19,7 @@ from pivot.data.shards import ShardSet
 from pivot.engine import build_deepspeed_config
 from pivot.evaluate.held_out import HeldOut, open_held_out
 from pivot.models.attention import Choice, choose_attention
-from pivot.models.build import Sources, settle_sources
+from pivot.models.build import Sources, resolve_sources
 from pivot.models.language import check_positions, check_text_config
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
@@ -64,9 +64,9 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
         bf16=dtype == torch.bfloat16,
     )
     objective = build_objective(config.objective)
-    sources = settle_sources(config)
-    processor = build_processor(sources.model, config.data)
-    skeleton = build_skeleton(sources.model, len(processor.tokenizer))
+    sources = resolve_sources(config)
+    processor = build_processor(sources.model, config.data, sources.encoder)
+    skeleton = build_skeleton(sources.model, len(processor.tokenizer), sources.encoder)
     warning = check_positions(skeleton.text_config, _longest_text(config))
     reference = _resolve_reference(config, sources)
     attention = _resolve_attention(config.train.attention, skeleton, world.device, dtype)
@@ -101,7 +101,7 @@ def _resolve_reference(config: Config, sources: Sources) -> Sources:
     folder = config.objective.dpo.reference if config.objective.dpo is not None else None
     if folder is None:
         return sources
-    reference = settle_sources(replace(config, init_from=folder, init_parts=None))
+    reference = resolve_sources(replace(config, init_from=folder, init_parts=None))
     path = reference.model.language_model.path or folder
     text_config = read_text_config(path)
     check_text_config(text_config, path)

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pivot.data import images
-from pivot.data.images import ImageError, decode_rgb, fit_square, image_extension, load_image
+from pivot.data.images import ImageError, decode_rgb, image_extension, load_image
 from tests.kit.images import save, smooth
 from tests.kit.sets import GEOMETRY, image_bytes
 
@@ -65,41 +64,6 @@ def test_exif_orientation_is_applied(format):
     assert decode_rgb(data).shape == (24, 16, 3)
     np.testing.assert_allclose(decode_rgb(data), expected, atol=60)  # chroma of small JPEGs is rough
     assert np.abs(decode_rgb(data).astype(int) - expected).mean() < 10
-
-
-def test_resize_agrees_with_pillow():
-    """At most one level apart, as data.md measured."""
-    rgb = decode_rgb(image_bytes(1, size=(50, 40)))
-    expected = np.asarray(Image.fromarray(rgb).resize((16, 16), Image.Resampling.BICUBIC)).astype(int)
-    found = fit_square(rgb, 16, "squash", GEOMETRY.mean).permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(found - expected).max() <= 1
-
-
-def test_fits():
-    """A 4 x 2 image, left half black and right half white: crop keeps the middle, pad adds rows of int(127.5)."""
-    rgb = np.zeros((2, 4, 3), dtype=np.uint8)
-    rgb[:, 2:] = 255
-    cropped = fit_square(rgb, 2, "crop", GEOMETRY.mean)
-    assert cropped[0].tolist() == [[0, 255], [0, 255]]
-    padded = fit_square(rgb, 4, "pad", GEOMETRY.mean)
-    assert padded[0].tolist() == [[127] * 4, [0, 0, 255, 255], [0, 0, 255, 255], [127] * 4]
-    assert fit_square(rgb, 4, "squash", GEOMETRY.mean).shape == (3, 4, 4)
-    with pytest.raises(ValueError, match="expected squash, pad or crop"):
-        fit_square(rgb, 4, "stretch", GEOMETRY.mean)
-
-
-def test_extreme_aspect_ratios_pass():
-    rgb = np.zeros((1, 5000, 3), dtype=np.uint8)
-    assert all(fit_square(rgb, 8, fit, GEOMETRY.mean).shape == (3, 8, 8) for fit in ("squash", "pad", "crop"))
-
-
-@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
-def test_a_high_image_is_resized_in_two_steps_to_the_same(resample, monkeypatch):
-    """Of noise, the worst: both round and clip after each pass, and only their order differs; 3 levels, measured."""
-    rgb = decode_rgb(image_bytes(1, size=(20, 900)))
-    at_once = fit_square(rgb, 48, "squash", GEOMETRY.mean, resample).int()
-    monkeypatch.setattr(images, "MAX_BETWEEN_PIXELS", 100)
-    assert (fit_square(rgb, 48, "squash", GEOMETRY.mean, resample).int() - at_once).abs().max() <= 3
 
 
 def test_loaded_images_are_contiguous_uint8():

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from pivot.config import Config
 from pivot.evaluate.generation import generate, stock_attention
 from pivot.models.attention import registered_name
-from pivot.models.build import build_mllm, settle_sources
+from pivot.models.build import build_mllm, resolve_sources
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor, build_processor
 from tests.kit import tiny
@@ -23,7 +23,7 @@ NEW_TOKENS = 12
 
 def load(folder: Path) -> tuple[MLLM, Processor]:
     config = Config(output_dir="unused", init_from=str(folder))
-    sources = settle_sources(config)
+    sources = resolve_sources(config)
     processor = build_processor(sources.model, config.data)
     whole: Any = nullcontext
     model = build_mllm(sources, processor, seed=0, dtype=torch.float32, loading=nullcontext, gather=lambda _: whole())

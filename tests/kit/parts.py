@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pivot.config import Config, LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pivot.models.build import build_mllm, settle_sources
+from pivot.models.build import build_mllm, resolve_sources
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor, build_processor
 from tests.kit.tiny import tiny_language_model, tiny_open_clip, tiny_vision_tower
@@ -16,7 +16,7 @@ from tests.kit.trees import build_batch, random_segments
 
 
 def build(config: Config) -> tuple[MLLM, Processor]:
-    sources = settle_sources(config)
+    sources = resolve_sources(config)
     processor = build_processor(sources.model, config.data)
     nothing = contextlib.nullcontext
     model = build_mllm(

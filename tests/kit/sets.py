@@ -14,7 +14,7 @@ from data_tools.pack import PackOptions, pack
 from pivot.data.lengths import LENGTH_RECORD, Lengths, build_lengths, load_lengths
 from pivot.data.plan import Plan, PlanSettings
 from pivot.data.shards import ShardSet
-from pivot.geometry import ImageGeometry
+from pivot.encoders.facts import ImageGeometry
 from pivot.processor import EncodedPair
 
 IMAGE_TOKEN_ID = 300

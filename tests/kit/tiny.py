@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -43,6 +44,15 @@ PATCH_SIZE = 8  # 16 patches an image
 WIDTH = 32
 NUM_LAYERS = 3
 VOCAB_SIZE = 320  # above the 256 bytes and the special tokens, so that an added <image> needs no new rows
+SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+# The ways of stock image processors to fit an image: (fit, resample) -> processor
+IMAGE_PROCESSORS = {
+    ("squash", "bicubic"): SiglipImageProcessor(size=SQUARE),
+    ("squash", "bilinear"): SiglipImageProcessor(size=SQUARE, resample=2),  # SigLIP 2's
+    ("crop", "bicubic"): CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE),
+    ("crop", "bilinear"): CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE, resample=2),
+    ("pad", "bicubic"): LlavaImageProcessor(size=SQUARE, do_pad=True, do_center_crop=False),
+}
 
 
 def tiny_tokenizer(

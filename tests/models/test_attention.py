@@ -13,7 +13,7 @@ from pivot.models.attention import choose_attention, registered_name, tree_atten
 from pivot.models.attention.choice import compare_with_sdpa
 from pivot.models.attention.sdpa import sdpa
 from pivot.models.attention.varlen import over_chains
-from pivot.models.renamed import recompute_blocks
+from pivot.renamed import recompute_blocks
 from pivot.trees import Segments
 from tests.kit.tiny import tiny_text_config
 from tests.kit.trees import TREES, build_batch, random_segments, unroll

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig, 
 from pivot.batch import PackedBatch
 from pivot.models.attention import registered_name
 from pivot.models.decoder import FAMILIES, reads_at_targets, streamline
-from pivot.models.renamed import recompute_blocks
+from pivot.renamed import recompute_blocks
 from pivot.trees import Segments
 from tests.kit.tiny import tiny_text_config
 from tests.kit.trees import TREES, build_batch, random_segments

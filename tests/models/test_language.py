@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from pivot.config import VisionTowerConfig
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import VisionTower, build_vision_tower
 from pivot.models.language import DECODERS, build_language_model, check_positions, check_text_config
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
-from pivot.models.vision import VisionTower, build_vision_tower
 from tests.kit import tiny
 from tests.kit.trees import build_batch, random_segments
 
@@ -120,7 +121,7 @@ OWN: dict[str, dict[str, Any]] = {  # what a default would leave without effect,
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> VisionTower:
     path = tiny.write_vision_json(tmp_path_factory.mktemp("tower") / "vision.json")
-    return build_vision_tower(VisionTowerConfig(path=str(path)), dtype=torch.float32)
+    return build_vision_tower(resolve_encoder(VisionTowerConfig(path=str(path))), dtype=torch.float32)
 
 
 def packed_gap(tower: VisionTower, config: Any, lengths: list[int]) -> float:

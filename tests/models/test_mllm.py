@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from pivot.batch import PackedBatch
 from pivot.data.collate import Example, collate
-from pivot.geometry import ImageGeometry
+from pivot.encoders.facts import ImageGeometry
 from pivot.models.mllm import MLLM
 from pivot.processor import EncodedPair
 from tests.kit.ranks.scenarios import build_plain, merge, pair

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pivot.config import Config, ModelConfig, VisionTowerConfig
-from pivot.models.build import settle_sources
+from pivot.models.build import resolve_sources
 from pivot.models.parts import write_model
 from tests.kit.parts import CASES, build, config_of, score
 
@@ -32,4 +32,4 @@ def test_other_features_are_refused(tmp_path: Path) -> None:
     model, processor = build(config_of("linear", tmp_path))
     write_model(tmp_path / "export", model, model.state_dict(), processor)
     with pytest.raises(ValueError, match=r"model.projector: mlp2x_gelu, but .* was made with linear"):
-        settle_sources(Config(output_dir="unused", init_from=str(tmp_path / "export")))
+        resolve_sources(Config(output_dir="unused", init_from=str(tmp_path / "export")))

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pivot.config import VisionTowerConfig
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import build_vision_tower
 from pivot.models import recompute
 from pivot.models.recompute import cheap, recompute_cheap_modules, recomputing
-from pivot.models.vision import build_vision_tower
 from tests.kit import tiny
 from tests.kit.ranks.scenarios import build_plain, merge, pair
 
@@ -83,7 +84,7 @@ def test_each_encoder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path = f"open_clip:{clip}@{tmp_path / 'w.safetensors'}"
     else:
         path = str(tiny.tiny_llava(tmp_path, **TOWERS[name]))
-    tower = build_vision_tower(VisionTowerConfig(path=path), dtype=torch.float32).train()
+    tower = build_vision_tower(resolve_encoder(VisionTowerConfig(path=path)), dtype=torch.float32).train()
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = gradients(tower, tower(pixels).square().sum())
     recompute_cheap_modules(tower)

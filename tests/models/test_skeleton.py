@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pivot.config import Config, LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pivot.models.build import settle_sources
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import build_vision_tower
+from pivot.models.build import resolve_sources
 from pivot.models.language import build_language_model, fit_vocabulary
 from pivot.models.skeleton import build_skeleton
-from pivot.models.vision import build_vision_tower
 from tests.kit.ranks.scenarios import build_plain
 from tests.kit.tiny import tiny_llava, tiny_open_clip, write_text_json, write_vision_json
 
@@ -30,7 +31,7 @@ def test_of_a_whole_llava(tmp_path: Path, case: dict[str, Any]) -> None:
     tiny_llava(tmp_path, **case)
     model, _ = build_plain(tmp_path)
     config = Config(output_dir="unused", init_from=str(tmp_path))
-    skeleton = build_skeleton(settle_sources(config).model, 300)
+    skeleton = build_skeleton(resolve_sources(config).model, 300)
     assert shapes(skeleton.vision_tower) == shapes(model.vision_tower)
     assert shapes(skeleton.projector) == shapes(model.projector)
     assert shapes(skeleton.language_model) == shapes(model.language_model)
@@ -42,7 +43,7 @@ def test_of_an_open_clip_encoder(tmp_path: Path, with_timm: bool) -> None:
     section = VisionTowerConfig(path=f"open_clip:{tiny_open_clip(tmp_path, with_timm=with_timm)}")
     language = LanguageModelConfig(path=str(write_text_json(tmp_path / "text.json")))
     skeleton = build_skeleton(ModelConfig(vision_tower=section, language_model=language), 300)
-    assert shapes(skeleton.vision_tower) == shapes(build_vision_tower(section, dtype=torch.float32))
+    assert shapes(skeleton.vision_tower) == shapes(build_vision_tower(resolve_encoder(section), dtype=torch.float32))
     assert len(skeleton.encoder_blocks()) == skeleton.vision_tower.num_blocks == 2
 
 
@@ -51,7 +52,7 @@ def test_another_image_size_and_a_larger_vocabulary(tmp_path: Path) -> None:
     section = VisionTowerConfig(path=str(write_vision_json(tmp_path / "vision.json")), image_size=64)
     language = LanguageModelConfig(path=str(write_text_json(tmp_path / "text.json")))
     skeleton = build_skeleton(ModelConfig(vision_tower=section, language_model=language), 700)
-    assert shapes(skeleton.vision_tower) == shapes(build_vision_tower(section, dtype=torch.float32))
+    assert shapes(skeleton.vision_tower) == shapes(build_vision_tower(resolve_encoder(section), dtype=torch.float32))
     built = build_language_model(str(language.path), dtype=torch.float32)
     assert fit_vocabulary(built, 700)
     assert shapes(skeleton.language_model) == shapes(built)

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPConfig
 
 from pivot.config import DataConfig, ModelConfig
-from pivot.geometry import describe_vision_tower
+from pivot.encoders.library import resolve_encoder
 from pivot.processor import Processor, build_processor, load_tokenizer
 from pivot.processor.conversation import ChangedAnswer
 from tests.kit import tiny
@@ -250,15 +250,15 @@ def test_geometry_comes_from_the_configuration_and_the_image_processor(folders: 
     model = ModelConfig()
     section = model.vision_tower
     section.path = str(tiny.tiny_vision_tower(tmp_path / "bare", "clip", with_image_processor=False))
-    facts = describe_vision_tower(section)
+    facts = resolve_encoder(section).facts
     assert (facts.size, facts.patch_size, facts.has_cls, facts.num_blocks) == (32, 8, True, 3)
     assert facts.mean[0] == pytest.approx(0.48145466)  # CLIP's own
     settings = tiny.tiny_image_processor("clip")
     settings.image_mean = [0.1, 0.2, 0.3]
     settings.save_pretrained(tmp_path / "bare")
-    assert describe_vision_tower(section).geometry("drop", "pad").mean == (0.1, 0.2, 0.3)
+    assert resolve_encoder(section).facts.geometry("drop", "pad").mean == (0.1, 0.2, 0.3)
     section.image_size = 48
-    assert describe_vision_tower(section).num_features("keep") == 37
+    assert resolve_encoder(section).facts.num_features("keep") == 37
 
 
 def test_geometry_of_a_whole_clip_of_a_llava_and_of_a_bare_configuration(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_geometry_of_a_whole_clip_of_a_llava_and_of_a_bare_configuration(tmp_pat
     for path in ("whole", "llava", "bare.json"):
         section = ModelConfig().vision_tower
         section.path = str(tmp_path / path)
-        assert describe_vision_tower(section).num_features("drop") == 16
+        assert resolve_encoder(section).facts.num_features("drop") == 16
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_unusable_encoders_are_refused(folders: dict, change: dict[str, Any], te
     for key, value in change.items():
         setattr(section, key, str(folders["tokenizer"]) if value == "TOKENIZER" else value)
     with pytest.raises(ValueError, match=text):
-        describe_vision_tower(section)
+        resolve_encoder(section)
 
 
 def test_a_folder_without_tokenizer_is_refused(folders: dict) -> None:

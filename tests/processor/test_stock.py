@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
+from transformers import AutoProcessor
 
 from pivot.config import DataConfig, ImageConfig, ModelConfig, VisionTowerConfig
-from pivot.data.images import fit_square
-from pivot.geometry import describe_vision_tower
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.square import fit_square
 from pivot.processor import Processor, build_processor
-from pivot.processor.stock import choose_image_fit, describe_other_ids, require_same, sample_images
+from pivot.processor.stock import choose_image_fit, describe_other_ids, require_same
 from tests.kit import tiny
 from tests.kit.templates import LLAVA_TEMPLATE, answer
 
-SQUARE = {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
 # Takes strings and lists alike, and puts no line break behind an image.
 BOTH = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -146,34 +144,14 @@ def test_ids_that_differ_are_shown(tmp_path: Path) -> None:
 
 # -- pixels --------------------------------------------------------------------------------------------------------
 
-PROCESSORS = {
-    ("squash", "bicubic"): SiglipImageProcessor(size=SQUARE),
-    ("squash", "bilinear"): SiglipImageProcessor(size=SQUARE, resample=2),  # SigLIP 2's
-    ("crop", "bicubic"): CLIPImageProcessor(size={"shortest_edge": tiny.IMAGE_SIZE}, crop_size=SQUARE),
-    ("crop", "bilinear"): CLIPImageProcessor(size={"shortest_edge": tiny.IMAGE_SIZE}, crop_size=SQUARE, resample=2),
-    ("pad", "bicubic"): LlavaImageProcessor(size=SQUARE, do_pad=True, do_center_crop=False),
-}
 
-
-@pytest.mark.parametrize("way", PROCESSORS)
+@pytest.mark.parametrize("way", tiny.IMAGE_PROCESSORS)
 def test_images_are_fitted_as_the_encoders_own_processor_does(tmp_path: Path, way: tuple[str, str]) -> None:
     folder = tiny.tiny_vision_tower(tmp_path / "tower", "clip", with_image_processor=False)
-    PROCESSORS[way].save_pretrained(folder)
+    tiny.IMAGE_PROCESSORS[way].save_pretrained(folder)
     section = VisionTowerConfig(path=str(folder))
-    found = choose_image_fit(section, describe_vision_tower(section), None)
+    found = choose_image_fit(resolve_encoder(section), None)
     assert found == (*way, f"the image processor at {folder}")
-
-
-@pytest.mark.parametrize("way", PROCESSORS)
-@pytest.mark.parametrize("shape", [(333, 500), (337, 501), (640, 480), (41, 640), (20, 24)])
-def test_pixels_are_bit_for_bit_those_of_transformers(way: tuple[str, str], shape: tuple[int, int]) -> None:
-    """Undoing the normalisation in float32 leaves less than a thousandth of a level."""
-    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    stock = PROCESSORS[way]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (stock.image_mean, stock.image_std))
-    expected = 255 * (stock(Image.fromarray(image), return_tensors="pt")["pixel_values"][0] * std + mean)
-    found = fit_square(image, tiny.IMAGE_SIZE, way[0], tuple(stock.image_mean), way[1])
-    assert float((found - expected).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("mode, fit", [("squash", "squash"), ("shortest", "crop")])
@@ -188,30 +166,30 @@ def test_pixels_of_an_open_clip_encoder_are_its_own(tmp_path: Path, mode: str, f
         json.dumps({"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": settings})
     )
     section = VisionTowerConfig(path=f"open_clip:local-dir:{folder}")
-    facts = describe_vision_tower(section)
-    found = choose_image_fit(section, facts, None)
+    encoder = resolve_encoder(section)
+    found = choose_image_fit(encoder, None)
     assert (found.fit, found.resample) == (fit, "bicubic")
     transform = open_clip.image_transform(
         tiny.IMAGE_SIZE, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode=mode, interpolation="bicubic"
     )
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     stock = 255 * (transform(Image.fromarray(image)) * 0.5 + 0.5)
-    assert float((fit_square(image, tiny.IMAGE_SIZE, fit, facts.mean) - stock).abs().max()) <= 2
+    assert float((fit_square(image, tiny.IMAGE_SIZE, fit, encoder.facts.mean) - stock).abs().max()) <= 2
 
 
 def test_a_processor_that_leaves_its_normalisation_to_its_class_counts(tmp_path: Path) -> None:
     folder = tiny.tiny_vision_tower(tmp_path, "clip", with_image_processor=False)
-    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": SQUARE}
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": tiny.SQUARE}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     section = VisionTowerConfig(path=str(folder))
-    assert choose_image_fit(section, describe_vision_tower(section), None).fit == "crop"
+    assert choose_image_fit(resolve_encoder(section), None).fit == "crop"
 
 
 def test_random_weights_and_bare_configurations_squash_and_say_so(tmp_path: Path) -> None:
     paths = [f"open_clip:{tiny.tiny_open_clip(tmp_path)}", str(tiny.write_vision_json(tmp_path / "vision.json"))]
     for path in paths:
         section = VisionTowerConfig(path=path)
-        found = choose_image_fit(section, describe_vision_tower(section), None)
+        found = choose_image_fit(resolve_encoder(section), None)
         assert found == ("squash", "bicubic", f"no image processor at {path}")
 
 
@@ -239,15 +217,15 @@ def test_a_processor_that_does_otherwise_is_refused_unless_a_fit_is_asked_for(
     folder = tiny.tiny_vision_tower(tmp_path, "clip")
     edit(folder / "preprocessor_config.json", **changes)
     section = VisionTowerConfig(path=str(folder))
-    facts = describe_vision_tower(section)
+    encoder = resolve_encoder(section)
     with pytest.raises(ValueError, match=rf"{text}.*set data\.image\.fit"):
-        choose_image_fit(section, facts, None)
-    assert "cannot be followed" in choose_image_fit(section, facts, "crop").source
+        choose_image_fit(encoder, None)
+    assert "cannot be followed" in choose_image_fit(encoder, "crop").source
 
 
 def test_another_image_size_keeps_the_way_of_fitting(tmp_path: Path) -> None:
     section = VisionTowerConfig(path=str(tiny.tiny_vision_tower(tmp_path, "clip")), image_size=48)
-    assert choose_image_fit(section, describe_vision_tower(section), None).fit == "crop"
+    assert choose_image_fit(resolve_encoder(section), None).fit == "crop"
 
 
 def test_an_export_that_would_prompt_otherwise_is_not_left(tmp_path: Path) -> None:
@@ -264,14 +242,3 @@ def test_an_export_that_would_prompt_otherwise_is_not_left(tmp_path: Path) -> No
     (tmp_path / "out" / "processor_config.json").write_text(json.dumps(settings))
     with pytest.raises(RuntimeError, match="a pixel differs by"):
         require_same(processor, str(tmp_path / "out"))
-
-
-def test_samples_tell_every_way_of_fitting_from_every_other() -> None:
-    """By tens of levels: nothing that a tolerance of a few could hide."""
-    ways = [(fit, way) for fit in ("squash", "crop", "pad") for way in ("bicubic", "bilinear")]
-    made = [
-        torch.stack([fit_square(image, 32, fit, (0.5,) * 3, way) for image in sample_images(32)]).float()
-        for fit, way in ways
-    ]
-    for i, one in enumerate(made):
-        assert all(float((one - other).abs().max()) > 15 for other in made[:i])

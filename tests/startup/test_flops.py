@@ -17,12 +17,13 @@ from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
 from pivot.config import COMPONENTS, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pivot.data.lengths import LENGTH_RECORD, Lengths
 from pivot.data.units import Work
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import build_vision_tower
 from pivot.models import head as logprobs
 from pivot.models.language import build_language_model
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.models.skeleton import Skeleton, build_skeleton
-from pivot.models.vision import build_vision_tower
 from pivot.startup.flops import attended, build_counter, count_forward, measure_matmul_tflops, training_costs
 from tests.kit.ranks.scenarios import merge
 from tests.kit.tiny import tiny_open_clip, write_text_json, write_vision_json
@@ -110,7 +111,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 def build(model: ModelConfig, trained: tuple[str, ...], *, recompute: bool) -> MLLM:
     dtype = torch.float32
     assert model.language_model.path is not None
-    tower = build_vision_tower(model.vision_tower, dtype=dtype)
+    tower = build_vision_tower(resolve_encoder(model.vision_tower), dtype=dtype)
     language_model = build_language_model(model.language_model.path, dtype=dtype)
     found = MLLM(tower, Projector("mlp2x_gelu", tower.width, language_model.config.hidden_size), language_model).train()
     for name in COMPONENTS:

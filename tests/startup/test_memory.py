@@ -14,11 +14,12 @@ from launch.random_model import qwen2, siglip, write_model
 from pivot.batch import PackedBatch
 from pivot.config import COMPONENTS, ConfigError, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pivot.config_check import read_deepspeed_json
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import VisionTower, build_vision_tower
 from pivot.models.language import build_language_model
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.models.skeleton import build_skeleton
-from pivot.models.vision import VisionTower, build_vision_tower
 from pivot.startup.memory import GIB, Row, Setup, estimate, judge
 from tests.kit.live_memory import LiveMemory
 from tests.kit.ranks.scenarios import merge
@@ -131,7 +132,7 @@ def test_activations_against_a_measured_peak(tmp_path: Path, recompute: str, tok
         vision_tower=VisionTowerConfig(path=str(tmp_path / "vision.json")),
         language_model=LanguageModelConfig(path=str(tmp_path / "language" / "config.json")),
     )
-    tower = build_vision_tower(config.vision_tower, dtype=torch.float32)
+    tower = build_vision_tower(resolve_encoder(config.vision_tower), dtype=torch.float32)
     language_model = build_language_model(str(config.language_model.path), dtype=torch.float32)
     model = MLLM(tower, Projector("mlp2x_gelu", tower.width, language_model.config.hidden_size), language_model).train()
     model.enable_activation_checkpointing(recompute)

@@ -17,7 +17,7 @@ from pivot.config import REPOSITORY, ComponentOptimConfig, Config, DPOConfig, Ob
 from pivot.config_check import read_deepspeed_json
 from pivot.engine import Engine, build_deepspeed_config, gathered, sharded_loading
 from pivot.models import head as logprobs
-from pivot.models.build import build_mllm, settle_sources
+from pivot.models.build import build_mllm, resolve_sources
 from pivot.models.mllm import MLLM
 from pivot.objectives import build_objective
 from pivot.processor import build_processor
@@ -57,7 +57,7 @@ def build(
         read_deepspeed_json(str(REPOSITORY / "ds_configs" / name)), max_grad_norm=optim.max_grad_norm, bf16=bf16
     )
     config = Config(output_dir="unused", init_from=str(llava))
-    sources = settle_sources(config)
+    sources = resolve_sources(config)
     processor = build_processor(sources.model, config.data)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = build_mllm(
@@ -306,7 +306,7 @@ def _norm(tensors: list[Tensor]) -> float:
 def build_plain(llava: Path, dtype: torch.dtype = torch.float32) -> tuple[MLLM, int]:
     """The model alone, in this process, without an engine."""
     config = Config(output_dir="unused", init_from=str(llava))
-    sources = settle_sources(config)
+    sources = resolve_sources(config)
     processor = build_processor(sources.model, config.data)
     model = build_mllm(
         sources,

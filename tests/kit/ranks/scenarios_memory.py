@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pivot.config import COMPONENTS, Config
 from pivot.config_check import read_deepspeed_json
-from pivot.models.build import settle_sources
+from pivot.models.build import resolve_sources
 from pivot.models.skeleton import build_skeleton
 from pivot.startup.memory import Row, Setup, estimate
 from tests.kit.ranks.scenarios import build, optim_config, pair
@@ -57,7 +57,7 @@ def measure(folder: Path) -> None:
                     held.append(sum(size for size in new if size < BUCKET))
             engine.step(step, measure=False)
         setup = Setup(
-            skeleton=build_skeleton(settle_sources(config).model, 320),
+            skeleton=build_skeleton(resolve_sources(config).model, 320),
             trained=COMPONENTS[num_frozen:],
             optimizer=name,
             dtype=torch.bfloat16 if bf16 else torch.float32,

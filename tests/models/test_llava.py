@@ -6,27 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from pivot.config import DataConfig, ImageConfig, ModelConfig, VisionTowerConfig
-from pivot.models.convert import (
+from pivot.config import DataConfig, ModelConfig, VisionTowerConfig
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import build_vision_tower
+from pivot.models.language import build_language_model, fit_vocabulary
+from pivot.models.llava import (
     LlavaParts,
-    from_llava_state_dict,
     load_llava,
     to_llava_state_dict,
     write_llava,
-    write_vision_tower,
 )
-from pivot.models.language import build_language_model, fit_vocabulary
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
-from pivot.models.vision import build_vision_tower
 from pivot.processor import Processor, build_processor
 from tests.kit import tiny
 
@@ -119,7 +117,7 @@ def test_parts_made_from_single_models_become_a_llava(tmp_path: Path) -> None:
     model.language_model.path = str(tiny.tiny_language_model(tmp_path / "lm", "llama", vocab_size=259))
     processor = build_processor(model, DataConfig())
     assert processor.image_token_id == 259  # the first id that has no row
-    tower = build_vision_tower(model.vision_tower, dtype=torch.float32)
+    tower = build_vision_tower(resolve_encoder(model.vision_tower), dtype=torch.float32)
     language_model: Any = build_language_model(model.language_model.path, dtype=torch.float32)
     assert fit_vocabulary(language_model, len(processor.tokenizer))
     assert language_model.get_input_embeddings().weight.shape[0] == 320  # 260, padded to a multiple of 64
@@ -141,64 +139,16 @@ def test_parts_made_from_single_models_become_a_llava(tmp_path: Path) -> None:
     assert stock.generate(**batch, max_new_tokens=2, do_sample=False).shape[1] > batch["input_ids"].shape[1]
 
 
-def test_names_map_there_and_back(tmp_path: Path) -> None:
+def test_names_become_those_of_the_stock_llava(tmp_path: Path) -> None:
     folder = tiny.tiny_llava(tmp_path)
     parts, _ = read(folder)
-    ours = our_state_dict(parts)
-    theirs = to_llava_state_dict(ours, parts.vision_tower.set_aside, tied=False)
-    assert theirs.keys() == LlavaForConditionalGeneration.from_pretrained(folder).state_dict().keys()
-    back = from_llava_state_dict(theirs)
-    aside = {f"vision_tower.model.{name}" for name in parts.vision_tower.set_aside}
-    assert back.keys() == ours.keys() | aside
+    values = our_state_dict(parts)
+    renamed = to_llava_state_dict(values, parts.vision_tower.set_aside, tied=False)
+    assert renamed.keys() == LlavaForConditionalGeneration.from_pretrained(folder).state_dict().keys()
     with pytest.raises(RuntimeError, match="belongs to none"):
-        from_llava_state_dict({"model.connector.weight": torch.zeros(1)})
+        to_llava_state_dict({"connector.weight": torch.zeros(1)}, {}, tied=False)
     with pytest.raises(RuntimeError, match="tied, but their values differ"):
-        to_llava_state_dict(ours, {}, tied=True)
-
-
-@pytest.mark.parametrize("kind", ["siglip", "clip"])
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_encoder_alone_is_a_whole_stock_encoder(tmp_path: Path, kind: str, post_norm: bool) -> None:
-    source = tiny.tiny_vision_tower(tmp_path / "in", kind)
-    model = ModelConfig()
-    model.vision_tower = VisionTowerConfig(path=str(source), post_norm=post_norm)
-    model.language_model.path = str(tiny.tiny_tokenizer(tmp_path / "tokenizer"))
-    processor = build_processor(model, DataConfig())
-    tower = build_vision_tower(model.vision_tower, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in tower.parameters():
-            parameter.mul_(1.5)
-    state = {f"vision_tower.{name}": value for name, value in tower.state_dict().items()}
-    write_vision_tower(tmp_path / "out", tower, state | {"projector.linear_1.bias": torch.zeros(1)}, processor)
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
-    assert before.keys() == after.keys()
-    for name in before:
-        factor = 1.0 if name.removeprefix("vision_model.") in tower.set_aside else 1.5
-        assert torch.equal(after[name], before[name] * factor), name
-    prepared = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    assert tuple(prepared.image_mean) == pytest.approx(processor.geometry.mean)
-    again = build_vision_tower(VisionTowerConfig(path=str(tmp_path / "out"), post_norm=post_norm), dtype=torch.float32)
-    assert torch.equal(again(tiny.random_images(1)), tower(tiny.random_images(1)))
-
-
-@pytest.mark.parametrize("with_timm, size", [(False, 48), (True, None)])
-def test_open_clip_encoder_goes_back_into_its_clip(tmp_path: Path, with_timm: bool, size: int | None) -> None:
-    name = tiny.tiny_open_clip(tmp_path / "config", with_timm=with_timm)
-    clip = open_clip.create_model(name)
-    save_file(clip.state_dict(), tmp_path / "clip.safetensors")
-    model = ModelConfig()
-    model.vision_tower = VisionTowerConfig(path=f"open_clip:{name}@{tmp_path / 'clip.safetensors'}", image_size=size)
-    model.language_model.path = str(tiny.tiny_tokenizer(tmp_path / "tokenizer"))
-    processor = build_processor(model, DataConfig(image=ImageConfig(fit="squash")))
-    tower = build_vision_tower(model.vision_tower, dtype=torch.bfloat16)
-    state = {f"vision_tower.{name}": value for name, value in tower.state_dict().items()}
-    write_vision_tower(tmp_path / "out", tower, state, processor)
-    written, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
-    assert torch.equal(written.state_dict()["logit_scale"], clip.state_dict()["logit_scale"])
-    assert f"Resize(size=({tower.facts.size}, {tower.facts.size})" in str(preprocess)
-    section = VisionTowerConfig(path=f"open_clip:local-dir:{tmp_path / 'out'}")
-    images = tiny.random_images(1, tower.facts.size)
-    assert torch.equal(build_vision_tower(section, dtype=torch.bfloat16)(images), tower(images))
+        to_llava_state_dict(values, {}, tied=True)
 
 
 def test_what_llava_cannot_express_is_refused(tmp_path: Path) -> None:
@@ -214,7 +164,7 @@ def test_what_llava_cannot_express_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="post_norm is true.*export the encoder alone"):
         write_llava(tmp_path / "out", parts, state, processor)
     section = VisionTowerConfig(path=f"open_clip:{tiny.tiny_open_clip(tmp_path / 'open_clip')}")
-    parts.vision_tower = build_vision_tower(section, dtype=torch.float32)
+    parts.vision_tower = build_vision_tower(resolve_encoder(section), dtype=torch.float32)
     with pytest.raises(ValueError, match="open_clip encoder.*export the encoder alone"):
         write_llava(tmp_path / "out", parts, state, processor)
     assert not (tmp_path / "out").exists()
@@ -269,7 +219,7 @@ def test_an_encoder_alone_may_be_taken_at_another_layer(tmp_path: Path) -> None:
     model.vision_tower = VisionTowerConfig(path=folder, layer=-1, cls="keep")
     taken = load_llava(folder, model, dtype=torch.float32, parts=("vision_tower",)).vision_tower
     images = tiny.random_images(1)
-    found = build_vision_tower(model.vision_tower, dtype=torch.float32)(images)
+    found = build_vision_tower(resolve_encoder(model.vision_tower), dtype=torch.float32)(images)
     stock: Any = LlavaForConditionalGeneration.from_pretrained(folder).model.vision_tower
     expected = stock(taken.normalise(images), output_hidden_states=True).hidden_states[-1]
     assert torch.equal(found, expected) and torch.equal(taken(images), expected)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pivot.config import Config, VisionTowerConfig
-from pivot.models.build import settle_sources
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import build_vision_tower
+from pivot.models.build import resolve_sources
 from pivot.models.skeleton import build_skeleton
-from pivot.models.vision import build_vision_tower
 from pivot.pretrained import read_config
 from tests.kit import tiny
 
@@ -48,9 +49,9 @@ def test_keys_that_say_how_to_run_a_model_are_ours_to_choose(tmp_path: Path, par
         assert config._attn_implementation == "sdpa" and config.return_dict
         assert not config.output_attentions and not config.output_hidden_states
         assert config.dtype in (torch.float32, None)
-    sources = settle_sources(Config(output_dir="unused", init_from=str(folder)))
+    sources = resolve_sources(Config(output_dir="unused", init_from=str(folder)))
     build_skeleton(sources.model, 260)
-    tower = build_vision_tower(VisionTowerConfig(path=str(folder)), dtype=torch.float32)
+    tower = build_vision_tower(resolve_encoder(VisionTowerConfig(path=str(folder))), dtype=torch.float32)
     assert tower(tiny.random_images(1)).shape == (1, 16, tiny.WIDTH)
 
 
@@ -78,8 +79,8 @@ def test_features_of_several_layers_are_refused_before_weights_load(tmp_path: Pa
     folder = spoil(tiny.tiny_llava(tmp_path), None, vision_feature_layer=[-2, -1])
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"vision_feature_layer=\[-2, -1\].*expected one layer"):
-        settle_sources(Config(output_dir="unused", init_from=str(folder)))
-    only = settle_sources(Config(output_dir="unused", init_from=str(folder), init_parts=["vision_tower"]))
+        resolve_sources(Config(output_dir="unused", init_from=str(folder)))
+    only = resolve_sources(Config(output_dir="unused", init_from=str(folder), init_parts=["vision_tower"]))
     assert only.taken == ("vision_tower",)
 
 
@@ -87,4 +88,4 @@ def test_another_layer_than_the_projectors_is_refused_before_weights_load(tmp_pa
     folder = tiny.tiny_llava(tmp_path, layer=-1)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.vision_tower\.layer: -2, but .* was made with -1"):
-        settle_sources(Config(output_dir="unused", init_from=str(folder)))
+        resolve_sources(Config(output_dir="unused", init_from=str(folder)))

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, SiglipConfig, SiglipModel, SiglipVisionModel
 
 from pivot.config import VisionTowerConfig
-from pivot.models.vision import VisionTower, build_vision_tower
+from pivot.encoders.library import resolve_encoder
+from pivot.encoders.tower import VisionTower, build_vision_tower
 from tests.kit import tiny
 
 STOCK: dict[str, Any] = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
@@ -34,7 +35,7 @@ def clip_name(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def build(path: str, dtype: torch.dtype = torch.float32, **settings: Any) -> VisionTower:
-    return build_vision_tower(VisionTowerConfig(path=path, **settings), dtype=dtype)
+    return build_vision_tower(resolve_encoder(VisionTowerConfig(path=path, **settings)), dtype=dtype)
 
 
 def normalise(images: Tensor, tower: VisionTower) -> Tensor:
@@ -95,7 +96,9 @@ def test_set_aside_values_are_read_inside_the_gather_context(folders: dict) -> N
         gathered.extend(parameters)
         yield
 
-    tower = build_vision_tower(VisionTowerConfig(path=folders["clip"]), dtype=torch.float32, gather=gather)
+    tower = build_vision_tower(
+        resolve_encoder(VisionTowerConfig(path=folders["clip"])), dtype=torch.float32, gather=gather
+    )
     assert len(gathered) == len(tower.set_aside) == 18  # 16 of a block, 2 of the norm
 
 
