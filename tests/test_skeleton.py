@@ -62,6 +62,18 @@ def test_data_models_and_objectives_do_not_know_each_other(package):
         assert other == package or not own & importers(other), f"{package} imports {other}"
 
 
+def test_encoders_lie_below_data_processor_and_models():
+    above = ("pivot.data", "pivot.processor", "pivot.models", "pivot.objectives", "pivot.startup", "pivot.evaluate")
+    own = {module for module in IMPORTS if inside(module, "pivot.encoders")}
+    assert "pivot.encoders.tower" in own
+    assert not [package for package in above if own & importers(package)]
+
+
+@pytest.mark.parametrize("library", ["open_clip", "timm"])
+def test_an_encoder_library_is_imported_in_one_file(library):
+    assert importers(library) <= {"pivot.encoders.open_clip"}
+
+
 def test_nothing_in_the_library_imports_train():
     assert not {module for module in importers("pivot.train") if inside(module, "pivot")}
 

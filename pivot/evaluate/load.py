@@ -33,8 +33,8 @@ def find_export(path: str | Path) -> tuple[Path, Config | None]:
     if not (is_parts(str(export)) or (export / "config.json").is_file()):
         if run is not None:
             raise ValueError(
-                f"{folder}: the run holds no export, which is written after its last step; start the run again with the "
-                "same command, and it goes on from its last checkpoint"
+                f"{folder}: the run holds no export, which is written after its last step; start the run again with "
+                "the same command, and it goes on"
             )
         raise ValueError(
             f"{folder}: it holds neither config.json nor {PARTS}; expected a run that is done, an HF LLaVA folder, or "

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,11 +15,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, SiglipConfig, S
 
 from pivot.config import VisionTowerConfig
 from pivot.encoders.library import resolve_encoder
-from pivot.encoders.tower import VisionTower, build_vision_tower
+from pivot.encoders.tower import build_vision_tower
 from tests.kit import tiny
+from tests.kit.encoders import IMAGES, build, normalise
 
 STOCK: dict[str, Any] = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
-IMAGES = tiny.random_images(2)
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +31,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module", params=[False, True], ids=["native", "timm"])
 def clip_name(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.tiny_open_clip(tmp_path_factory.mktemp("open_clip"), with_timm=request.param)
-
-
-def build(path: str, dtype: torch.dtype = torch.float32, **settings: Any) -> VisionTower:
-    return build_vision_tower(resolve_encoder(VisionTowerConfig(path=path, **settings)), dtype=dtype)
-
-
-def normalise(images: Tensor, tower: VisionTower) -> Tensor:
-    mean, std = (torch.tensor(x)[:, None, None] for x in (tower.facts.mean, tower.facts.std))
-    return (images / 255 - mean) / std
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
@@ -100,39 +90,6 @@ def test_set_aside_values_are_read_inside_the_gather_context(folders: dict) -> N
         resolve_encoder(VisionTowerConfig(path=folders["clip"])), dtype=torch.float32, gather=gather
     )
     assert len(gathered) == len(tower.set_aside) == 18  # 16 of a block, 2 of the norm
-
-
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_open_clip_features_are_its_own_intermediates(clip_name: str, post_norm: bool) -> None:
-    """Random weights come from the global seed, so the same seed gives the same encoder."""
-    torch.manual_seed(7)
-    visual = open_clip.create_model(clip_name).visual
-    torch.manual_seed(7)
-    tower = build(f"open_clip:{clip_name}", post_norm=post_norm)
-    expected = visual.forward_intermediates(
-        normalise(IMAGES, tower), indices=[1], normalize_intermediates=post_norm, output_fmt="NLC"
-    )["image_intermediates"][0]
-    torch.testing.assert_close(tower(IMAGES), expected, atol=1e-5, rtol=1e-5)
-    whole = dict(visual.named_parameters())
-    kept = {name.removeprefix("model.") for name, _ in tower.named_parameters()}
-    assert kept | tower.set_aside.keys() == whole.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in tower.set_aside.items())
-
-
-def test_open_clip_weights_from_a_file_are_read_strictly(tmp_path: Path) -> None:
-    name = tiny.tiny_open_clip(tmp_path)
-    model = open_clip.create_model(name)
-    state = model.state_dict()
-    save_file(state, tmp_path / "w.safetensors")
-    tower = build(f"open_clip:{name}@{tmp_path / 'w.safetensors'}", cls="keep", layer=-1)
-    pixels = normalise(IMAGES, tower)
-    out = model.visual.forward_intermediates(pixels, indices=[2], output_fmt="NLC", output_extra_tokens=True)
-    expected = torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
-    torch.testing.assert_close(tower(IMAGES), expected, atol=1e-5, rtol=1e-5)
-    state.pop("visual.conv1.weight")
-    save_file(state, tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match=r"visual\.conv1\.weight"):
-        build(f"open_clip:{name}@{tmp_path / 'broken.safetensors'}")
 
 
 def test_checkpointing_gives_every_parameter_the_same_gradient(folders: dict, clip_name: str) -> None:

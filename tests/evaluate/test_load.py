@@ -65,6 +65,33 @@ def test_the_command_takes_parts_beside_a_llava(tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "out").read_text())["models"]) == {"parts", "llava"}
 
 
+def write_run(folder: Path) -> Path:
+    """The settings of a run, as it leaves them."""
+    folder.mkdir()
+    rates = ", ".join(f"{name}: {{lr: null}}" for name in ("vision_tower", "projector", "language_model"))
+    text = f"output_dir: {folder}\ndata: {{train: x}}\nobjective: {{dpo: {{}}}}\ntrain: {{global_batch_size: 1}}\n"
+    (folder / "config.yaml").write_text(f"{text}optim: {{{rates}}}\n")
+    return folder
+
+
+@pytest.mark.parametrize("case", [*CASES, "plain"])
+def test_a_run_is_opened_by_its_folder_whatever_it_exported(case: str, tmp_path: Path) -> None:
+    config = config_of(case, tmp_path)
+    config.model.vision_tower.image_size = 32 if "timm" in case else 48
+    config.data.image.fit = "pad"
+    model, processor = build(config)
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="the run holds no export, which is written after its last step; start"):
+        find_export(run)
+    write_model(run / "export", model, model.state_dict(), processor)
+    assert (run / "export" / "parts.json").is_file() == (case != "plain")
+    export, settings = find_export(run)
+    assert settings is not None and settings.output_dir == str(run)
+    loaded = load_export(export, torch.device("cpu"))
+    assert loaded.processor.geometry == processor.geometry
+    assert torch.equal(score(loaded.model.eval(), loaded.processor), score(model, processor))
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither config\.json nor parts\.json; expected a run that is done"):
         find_export(tmp_path)

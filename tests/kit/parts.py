@@ -37,16 +37,17 @@ def score(model: MLLM, processor: Processor) -> torch.Tensor:
         return model(tree)
 
 
-CASES = ("open_clip", "post_norm", "linear")
+# Every reason for which a model is written in parts, alone and together.
+CASES = ("open_clip", "open_clip timm", "open_clip post_norm", "post_norm", "linear")
 
 
 def config_of(case: str, folder: Path) -> Config:
     path = (
-        f"open_clip:{tiny_open_clip(folder / 'clip')}"
-        if case == "open_clip"
+        f"open_clip:{tiny_open_clip(folder / 'clip', with_timm='timm' in case)}"
+        if "open_clip" in case
         else str(tiny_vision_tower(folder / "tower"))
     )
-    tower = VisionTowerConfig(path=path, post_norm=case == "post_norm")
+    tower = VisionTowerConfig(path=path, post_norm="post_norm" in case)
     language = LanguageModelConfig(str(tiny_language_model(folder / "language", tie=case == "linear")))
     projector = "linear" if case == "linear" else "mlp2x_gelu"
     return Config(output_dir="unused", model=ModelConfig(tower, projector, language))
