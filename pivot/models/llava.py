@@ -168,9 +168,9 @@ def to_llava_config(
 ) -> LlavaConfig:
     """The configuration of the HF LLaVA that computes what these parts compute; ValueError where there is none."""
     section, vision_config = vision_tower.section, read_hf_config(vision_tower.model)
+    of_another_library = f"the vision tower is the {vision_tower.encoder.library} encoder of model.vision_tower.path"
     reasons = {
-        f"the vision tower is the {vision_tower.encoder.library} encoder of model.vision_tower.path": vision_config
-        is None,
+        of_another_library: vision_config is None,
         "model.vision_tower.post_norm is true": section.post_norm,
         f"model.projector is {projector.kind}": projector.kind != "mlp2x_gelu",
     }
