@@ -132,7 +132,8 @@ def build_mllm(
     with loading():
         if sources.whole_llava:
             assert sources.init_from is not None
-            loaded = load_llava(sources.init_from, model, dtype=dtype, gather=gather, parts=taken)
+            encoder = sources.encoder if "vision_tower" in taken else None
+            loaded = load_llava(sources.init_from, model, dtype=dtype, gather=gather, parts=taken, encoder=encoder)
             parts = {name: getattr(loaded, name) for name in taken}
         if "vision_tower" not in parts:
             parts["vision_tower"] = build_vision_tower(sources.encoder, dtype=dtype, gather=gather)

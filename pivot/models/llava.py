@@ -20,6 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaForCondi
 
 from pivot.config import COMPONENTS, ModelConfig, VisionTowerConfig
 from pivot.encoders.export import PREFIX
+from pivot.encoders.facts import Encoder
 from pivot.encoders.library import resolve_encoder
 from pivot.encoders.tower import VisionTower, wrap_encoder
 from pivot.encoders.transformers import has_cls_token, read_hf_config, resize_positions
@@ -58,11 +59,12 @@ def load_llava(
     dtype: torch.dtype,
     gather: Gather = nullcontext,
     parts: Collection[str] = COMPONENTS,
+    encoder: Encoder | None = None,
 ) -> LlavaParts:
     """The parts of an HF LlavaForConditionalGeneration folder; ValueError where it and `model` disagree.
 
     `parts` names those that will be used. Another feature layer, for example, suits a new projector, so it is refused
-    only where the folder's projector is to be used.
+    only where the folder's projector is to be used. `encoder`: that of the folder, where it was resolved before.
     Under a live HfDeepSpeedConfig (ZeRO-3) the weights come partitioned; `gather` must then be given.
     """
     config = read_config(path, "init_from")
@@ -70,7 +72,7 @@ def load_llava(
         raise ValueError(
             f"init_from: '{path}' is a {config.model_type}; expected a LlavaForConditionalGeneration folder"
         )
-    encoder = resolve_encoder(replace(model.vision_tower, path=path))
+    encoder = encoder or resolve_encoder(replace(model.vision_tower, path=path))
     if "projector" in parts:
         require_same_features(path, model)
     if "language_model" in parts:
