@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pivot.config import COMPONENTS, ConfigError, OptimConfig
-from pivot.meter import ComponentMeter
+from pivot.metrics import ComponentMeter
 from pivot.run.zero_files import MASTER as MASTER_WEIGHTS
 from pivot.run.zero_files import SavedShards
 from pivot.startup.memory import MASTER, MOMENTS

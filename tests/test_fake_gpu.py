@@ -16,8 +16,7 @@ from pivot.encoders.library import resolve_encoder
 from pivot.encoders.tower import build_vision_tower
 from pivot.evaluate.generation import _decode, _embed, _left_pad, stock_attention
 from pivot.evaluate.pairs import Terms
-from pivot.meter import ComponentMeter
-from pivot.metrics import StepMetrics
+from pivot.metrics import ComponentMeter, StepMetrics
 from pivot.models.attention import choice, choose_attention
 from pivot.models.attention import varlen as varlen_module
 from pivot.models.mllm import MLLM
