@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from pivot.batch import PackedBatch
+from pivot.batch import COMPLETION, ROLES, PackedBatch
 from pivot.trees import Segments
 
 
@@ -69,6 +69,8 @@ def score_everything(batch: PackedBatch) -> PackedBatch:
         target_positions=torch.cat([batch.target_positions, positions]),
         target_ids=torch.cat([batch.target_ids, torch.zeros_like(positions)]),
         target_completion=torch.cat([batch.target_completion, extra]),
+        role=torch.cat([batch.role, torch.tensor([ROLES.index(COMPLETION)])]),
+        group=torch.cat([batch.group, batch.group[-1:]]),
         completion_tokens=torch.cat([batch.completion_tokens, torch.tensor([len(positions)])]),
         completion_weight=torch.cat([batch.completion_weight, torch.zeros(1)]),
     )

@@ -9,12 +9,11 @@ import os
 import sys
 import textwrap
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pivot.config import Config, Key
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +32,23 @@ WIDTH = 120  # letters of a line of --help
 # Done; failed; for the user to mend; stopped by a signal (sysexits' EX_TEMPFAIL): the same command goes on.
 OK, FAILED, USAGE_ERROR, AGAIN = 0, 1, 2, 75
 INTERRUPTED = 130  # by Ctrl-C, as a shell counts it
+
+Task = Callable[["Config", bool], int]  # a run's settings, and whether they shall only be checked -> the exit code
+
+
+def train(config: Config, check_only: bool) -> int:
+    """Train to the end, or until a signal."""
+    from pivot import train as training
+
+    return AGAIN if training.train(config, check_only=check_only) == training.PREEMPTED else OK
+
+
+def make_references(config: Config, check_only: bool) -> int:
+    """Score the reference log-probs that the run would need."""
+    from pivot.startup import references
+
+    references.make_references(config, check_only=check_only)
+    return OK
 
 
 def describe_keys() -> str:
@@ -61,8 +77,8 @@ def _describe_values(key: Key) -> str:
     return f"  {setting:<46}  {values:<46}  {may}".rstrip()
 
 
-def main(objective: str, arguments: list[str], *, script: str | None = None) -> int:
-    """Run the training script of `objective`, or `script` over such a run's settings; the exit code (see above)."""
+def main(objective: str, arguments: list[str], *, task: Task = train, script: str | None = None) -> int:
+    """What a script does: `task` with the settings of a run of `objective`; the exit code (see above)."""
     script = script or f"train_{objective}"
     flags = {word for word in arguments if word.startswith("-") and not word.startswith("--local_rank")}
     words = [word for word in arguments if not word.startswith("-")]
@@ -83,10 +99,10 @@ def main(objective: str, arguments: list[str], *, script: str | None = None) -> 
     if "--print-config" in flags:
         print(to_yaml(config), end="")
         return OK
-    return _run(_make_references if script == "reference" else _train, config, "--check" in flags)
+    return _run(task, config, "--check" in flags)
 
 
-def _run(task: Callable[[Config, bool], int], config: Config, check_only: bool) -> int:
+def _run(task: Task, config: Config, check_only: bool) -> int:
     from pivot.system import distributed
 
     try:
@@ -97,19 +113,6 @@ def _run(task: Callable[[Config, bool], int], config: Config, check_only: bool) 
         code = INTERRUPTED
     distributed.stop(code)
     return code
-
-
-def _train(config: Config, check_only: bool) -> int:
-    from pivot import train
-
-    return AGAIN if train.train(config, check_only=check_only) == train.PREEMPTED else OK
-
-
-def _make_references(config: Config, check_only: bool) -> int:
-    from pivot.startup.references import make_references
-
-    make_references(config, check_only=check_only)
-    return OK
 
 
 def report(error: Exception) -> int:

@@ -6,9 +6,9 @@ the first shard that is missing; training then finds everything there.
 
 import sys
 
-from command import main  # first: it makes pivot importable
+from command import main, make_references  # first: it makes pivot importable
 
 from pivot.system.process import leave
 
 if __name__ == "__main__":
-    leave(main("dpo", sys.argv[1:], script="reference"))
+    leave(main("dpo", sys.argv[1:], task=make_references, script="reference"))

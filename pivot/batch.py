@@ -1,7 +1,8 @@
 """What travels from the data to the model and the objective: one padding-free row of tokens in prefix trees.
 
 Letters used for shapes: T tokens, S segments, I images, F image tokens (one image feature each), N targets,
-C completions, P pairs (for SFT: samples).
+C completions, G groups, P pairs. A group is one sample of the data set with all its completions: a preference pair, the
+one answer of an SFT sample, the many answers that were sampled for one prompt.
 """
 
 from __future__ import annotations
@@ -9,20 +10,61 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pivot.system.distributed import send
 from pivot.trees import Reading, Segments
 
 CHOSEN = "chosen"
 REJECTED = "rejected"
-DUMMY_SAMPLE = -1  # `sample_index` of the weight-0 pair that a rank runs when it has nothing to do
+COMPLETION = "completion"  # one of many of its prompt, neither preferred nor rejected: its value is a number
+ROLES = (CHOSEN, REJECTED, COMPLETION)  # `PackedBatch.role` holds the places of the names in here
+DUMMY_SAMPLE = -1  # `sample_index` of the weight-0 group that a rank runs when it has nothing to do
+
+REFERENCE = "reference"  # the name, in `completion_values`, of a completion's log-prob under the reference model
+
+
+# The units of a step: what a sum may be divided by.
+SAMPLE = "sample"  # a group: a pair, an SFT sample
+CHOSEN_TOKEN = "chosen_token"  # a target of a chosen completion
+TARGET_TOKEN = "target_token"  # a target of any completion that the objective scores
+
+
+class StepCounts(dict[str, int]):
+    """unit -> how many of it a whole step holds, over all ranks: what each sum of an objective is divided by, once.
+
+    A plan knows the counts from stored lengths before the step, a source that makes its completions only afterwards; an
+    objective may name any unit that its source counts. A masked sample of a plan is counted: it adds zero to the sums
+    and leaves the denominators as planned, so that every rank knows them without talking to the others.
+    """
+
+    def denominator(self, unit: str) -> int:
+        """The count of `unit`, at least 1: a step without any has a sum of zero, and a mean of zero."""
+        return max(1, self[unit])
+
+    def __add__(self, other: StepCounts) -> StepCounts:
+        return StepCounts({unit: self.get(unit, 0) + other.get(unit, 0) for unit in {**self, **other}})
+
+
+class Pairs(NamedTuple):
+    """A batch seen as preference pairs: the completions of every group that holds both roles, in the groups' order."""
+
+    chosen: Tensor  # int64[P]: which of the C completions
+    rejected: Tensor  # int64[P]
 
 
 @dataclass
 class PackedBatch:
-    """One micro-batch: a row of T tokens in prefix trees, its distinct images and the targets to score."""
+    """One micro-batch: a row of T tokens in prefix trees, its distinct images and the targets to score.
+
+    `completion_values` and `token_values` hold what an objective reads besides the log-probs, by name. They are added
+    to a batch on the host and move with it. `completions_of` and `pairs` follow from `role` and `group`; they are made
+    on the host, so that an objective can take completions by their role without a wait for the device.
+    """
 
     token_ids: Tensor  # int64[T]; image tokens hold the image-token id
     position_ids: Tensor  # int64[T]
@@ -36,35 +78,61 @@ class PackedBatch:
     target_ids: Tensor  # int64[N]
     target_completion: Tensor  # int64[N], in [0, C), not decreasing
 
-    by_role: dict[str, Tensor]  # role -> int64[P]: the completion that plays it in pair p, in the order of the pairs
+    role: Tensor  # int64[C]: places in ROLES
+    group: Tensor  # int64[C], in [0, G)
     completion_tokens: Tensor  # int64[C]: targets per completion
     completion_weight: Tensor  # float32[C]: 0 for a dummy or a masked bad sample, else 1
-    sample_index: Tensor  # int64[P], on the host: the row of the data set, DUMMY_SAMPLE for a dummy
+    sample_index: Tensor  # int64[G], on the host: the row of the data set, DUMMY_SAMPLE for a dummy
+    completion_values: dict[str, Tensor] = field(default_factory=dict)  # name -> float32[C]
+    token_values: dict[str, Tensor] = field(default_factory=dict)  # name -> float32[N], in the order of the targets
+
     reading: Reading = field(init=False)  # of the targets; made here, on the host, and moved with the batch
+    completions_of: dict[str, Tensor] = field(init=False)  # role -> int64[..]: the completions that play it, in order
+    pairs: Pairs = field(init=False)
 
     def __post_init__(self) -> None:
         self.reading = Reading.at(self.target_positions, self.segments)
+        role, group = self.role.numpy(), self.group.numpy()
+        places = {name: np.flatnonzero(role == code) for code, name in enumerate(ROLES)}
+        self.completions_of = {name: torch.from_numpy(index) for name, index in places.items()}
+        chosen, rejected = places[CHOSEN], places[REJECTED]
+        _, first, second = np.intersect1d(group[chosen], group[rejected], return_indices=True)
+        self.pairs = Pairs(torch.from_numpy(chosen[first]), torch.from_numpy(rejected[second]))
 
     @property
     def num_completions(self) -> int:
         return self.completion_weight.shape[0]
 
     @property
-    def num_pairs(self) -> int:
+    def num_groups(self) -> int:
         return self.sample_index.shape[0]
 
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    @property
+    def completion_rows(self) -> Tensor:
+        """int64[C] of a batch on the host: the data set's row of each completion, DUMMY_SAMPLE for a dummy."""
+        return self.sample_index[self.group]
+
     def completion_logps(self, token_logps: Tensor) -> Tensor:
         """Sum float32[N] log-probs into float32[C], one per completion."""
         sums = torch.zeros(self.num_completions, dtype=token_logps.dtype, device=token_logps.device)
         return sums.index_add(0, self.target_completion, token_logps)
 
-    def pair_weight(self) -> Tensor:
-        """float32[P]: the weight of each pair, which its completions share."""
-        return self.completion_weight[self.by_role[CHOSEN]]
+    def counts(self, roles: tuple[str, ...] = ROLES) -> StepCounts:
+        """What a batch on the host holds of `roles`, without what has weight 0: for whoever cannot know it before."""
+        real = self.completion_weight > 0
+        tokens = torch.where(real, self.completion_tokens, 0)
+        taken = {role: int(tokens[self.completions_of[role]].sum()) for role in {*roles, CHOSEN}}
+        return StepCounts(
+            {
+                SAMPLE: len(self.group[real].unique()),
+                CHOSEN_TOKEN: taken[CHOSEN],
+                TARGET_TOKEN: sum(taken[role] for role in roles),
+            }
+        )
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, from where it travels to a GPU while that computes."""
@@ -72,37 +140,15 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; `sample_index` and the segments' integers stay on the host."""
-        return self._move(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._move(lambda tensor: send(tensor, device))
 
     def _move(self, how: Callable[[Tensor], Tensor]) -> PackedBatch:
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name != "sample_index":
                 setattr(moved, name, how(value))
-        moved.by_role = {role: how(index) for role, index in self.by_role.items()}
+            elif isinstance(value, dict):
+                setattr(moved, name, {key: how(tensor) for key, tensor in value.items()})
+        moved.pairs = Pairs(*map(how, self.pairs))
         moved.segments, moved.reading = self.segments.move(how), self.reading.move(how)
         return moved
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """Planned numbers of pairs (for SFT: samples) and targets; the field names are the units of a `Term`.
-
-    A masked pair is counted: it adds zero to the sums and leaves the denominators as planned, so that every rank
-    knows them without talking to the others.
-    """
-
-    pair: int
-    chosen_token: int  # targets of the chosen completions
-    target_token: int  # targets of all completions
-
-    def denominator(self, unit: str) -> int:
-        """The count of `unit`, at least 1: a step without any has a sum of zero, and a mean of zero."""
-        return max(1, int(getattr(self, unit)))
-
-    def __add__(self, other: StepCounts) -> StepCounts:
-        return StepCounts(
-            pair=self.pair + other.pair,
-            chosen_token=self.chosen_token + other.chosen_token,
-            target_token=self.target_token + other.target_token,
-        )

@@ -1,4 +1,4 @@
-"""One micro-batch of an optimizer step: forward, objective, backward; the same for training, tests and measurements.
+"""Where steps come from, and one micro-batch of a step: forward, objective, backward; for training, tests, benchmarks.
 
 Where the host waits for the GPU. Ours: once an optimizer step (`StepMetrics.reduce`), once more where the step's norms
 are measured (`log.every_steps`); the run's first step checks more.
@@ -11,6 +11,7 @@ DeepSpeed 0.19.8's own, which no setting of ours takes away:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,30 @@ from torch import Tensor
 from pivot.batch import PackedBatch, StepCounts
 from pivot.metrics import StepMetrics
 from pivot.objectives import Objective
+
+
+class Step(Protocol):
+    """What the loop must know of an optimizer step when it begins, the same on every rank."""
+
+    @property
+    def step(self) -> int: ...  # from 0
+    @property
+    def counts(self) -> StepCounts: ...  # over all ranks
+    @property
+    def num_micro_batches(self) -> int: ...  # per rank, equal on all of them
+
+
+class StepSource(Protocol):
+    """Where the steps come from: of each one its facts, and this rank's micro-batches, on the host.
+
+    `data.loader.Loader` reads them from a data set, whose plan knows every count before. A source that makes its
+    completions itself may do so when it is asked for the next step: nothing is asked of a step before it begins.
+    """
+
+    num_masked: int  # samples that this rank could not read, since the source was made
+    data_wait_s: float  # how long this rank has waited for micro-batches
+
+    def __iter__(self) -> Iterator[tuple[Step, Iterator[PackedBatch]]]: ...
 
 
 class Trained(Protocol):
@@ -32,7 +57,6 @@ def run_micro_batch(
     engine: Trained,
     objective: Objective,
     batch: PackedBatch,
-    reference: Tensor | None,
     counts: StepCounts,
     sums: StepMetrics,
     *,
@@ -47,7 +71,7 @@ def run_micro_batch(
     fall behind, and the GPU idle, once per micro-batch.
     """
     token_logps = engine(batch)
-    outcome = objective(token_logps, batch, reference)
+    outcome = objective(token_logps, batch)
     terms = [weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values()]
     loss = torch.stack(terms).sum()
     engine.backward(loss, last=last)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pivot.batch import PackedBatch
+from pivot.batch import REFERENCE, SAMPLE, PackedBatch
 from pivot.config import Config
 from pivot.data.loader import Loader
-from pivot.data.plan import Plan, StepPlan
+from pivot.data.plan import Plan
 from pivot.engine import Engine, gathered, learning_rate_factor, sharded_loading
 from pivot.evaluate import evaluator, outcomes
 from pivot.metrics import StepMetrics, Timer, peak_memory_gib
@@ -42,9 +42,9 @@ from pivot.startup.selfcheck import (
     require_zero_margins,
     start_margins,
 )
-from pivot.step import run_micro_batch
+from pivot.step import Step, StepSource, run_micro_batch
 from pivot.system import distributed
-from pivot.system.distributed import StopSignal, World, send
+from pivot.system.distributed import StopSignal, World
 from pivot.system.redact import tell
 
 MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
@@ -195,9 +195,9 @@ class Trainer:
 
     def train_step(
         self,
-        step_plan: StepPlan,
+        step_plan: Step,
         micro_batches: Iterator[PackedBatch],
-        loader: Loader,
+        loader: StepSource,
         timer: Timer,
         tolerance: float | None,
     ) -> dict[str, float]:
@@ -210,17 +210,18 @@ class Trainer:
         watch = GradientWatch(self.model) if first else None
         margins: list[Tensor] = []
         for number, host_batch in enumerate(micro_batches):
-            reference = send(self.reference.lookup(host_batch), device) if self.reference else None
+            if self.reference is not None:
+                host_batch.completion_values[REFERENCE] = self.reference.lookup(host_batch)
             batch, last = host_batch.to(device), number == step_plan.num_micro_batches - 1
-            logps = run_micro_batch(self.engine, self.objective, batch, reference, step_plan.counts, sums, last=last)
+            logps = run_micro_batch(self.engine, self.objective, batch, step_plan.counts, sums, last=last)
             sums.add({"tokens": batch.num_tokens, "flops": self.counter.useful(host_batch)})
             sums.add({"hardware_flops": self.counter.hardware(host_batch)})
-            if first and tolerance is not None and reference is not None:
-                margins.append(start_margins(batch, logps, reference))
+            if first and tolerance is not None and self.objective.margin_scale is not None:
+                margins.append(self.objective.margin_scale * start_margins(batch, logps))
         if watch is not None:
             watch.require_all()
-        if margins and tolerance is not None and self.config.objective.dpo is not None:
-            require_zero_margins(self.config.objective.dpo.beta * torch.cat(margins), tolerance, self.world)
+        if margins and tolerance is not None:
+            require_zero_margins(torch.cat(margins), tolerance, self.world)
         updated = self.engine.step(
             self.progress.step, measure=(self.progress.step + 1) % self.config.log.every_steps == 0
         )
@@ -237,9 +238,10 @@ class Trainer:
             self.objective.after_step(metrics)
         return metrics
 
-    def _count_work(self, step_plan: StepPlan, told: dict[str, float], timer: Timer) -> None:
+    def _count_work(self, step_plan: Step, told: dict[str, float], timer: Timer) -> None:
         """Add a step's work, summed over the ranks, to what the run has spent and to the rates of the log."""
-        work = {name: told[name] for name in ("tokens", "flops", "hardware_flops")} | {"pairs": step_plan.counts.pair}
+        work: dict[str, float] = {"pairs": step_plan.counts[SAMPLE]}
+        work |= {name: told[name] for name in ("tokens", "flops", "hardware_flops")}
         self.progress.spent.add(**work)
         self.progress.masked += int(told["masked"])
         room = self.world.size * step_plan.num_micro_batches * self.config.train.max_tokens_per_micro_batch
@@ -247,15 +249,15 @@ class Trainer:
 
     def _margin_tolerance(self) -> float | None:
         """See selfcheck.py; None where the run does not start from its reference."""
-        dpo, plan = self.config.objective.dpo, self.inputs.plan
-        if self.reference is None or dpo is None or dpo.reference is not None:
+        scale, plan = self.objective.margin_scale, self.inputs.plan
+        if self.reference is None or scale is None or self.objective.reference_folder is not None:
             return None
         lengths, limit = plan.lengths, min(REPACKED_PAIRS, plan.num_pairs)
         longest = int((lengths.prompt + lengths.chosen + lengths.rejected)[plan.kept].max())
         repacked = plan.another(
             limit=limit, global_batch_size=limit, max_tokens_per_micro_batch=longest, image_trees=False
         )
-        return margin_tolerance(self.inputs.dtype, dpo.beta, self.loader(repacked), self._score, self.reference)
+        return margin_tolerance(self.inputs.dtype, scale, self.loader(repacked), self._score, self.reference)
 
     def loader(self, plan: Plan, *, first_step: int = 0, bad_samples_dir: Path | None = None) -> Loader:
         return open_loader(
@@ -307,7 +309,7 @@ class Trainer:
         spent = self.clock.read()
         row = spent.row() | {"compare": compare(spent, self.config.log.compare)}
         self.log.event("end", step=self.progress.step, **row)
-        self.say(f"spent      {describe(row, 'samples' if self.config.objective.sft is not None else 'pairs')}")
+        self.say(f"spent      {describe(row, self.objective.unit_name)}")
 
     def _export(self) -> None:
         """The trained model as an HF folder, read back and compared by rank 0."""

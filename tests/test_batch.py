@@ -41,7 +41,11 @@ def test_a_chain_without_a_target_asks_with_its_last_token() -> None:
 
 def test_a_batch_moves_with_its_reading() -> None:
     batch = build_batch(random_segments([6, 4, 5]), [-1, 0, 0])
+    batch.completion_values["reference"], batch.token_values["old"] = torch.zeros(2), torch.zeros(9)
     moved = batch.to(torch.device("meta"))
     on_device = (moved.reading.queries, moved.reading.targets, moved.reading.segments.layout.cu_keys, moved.token_ids)
     assert {tensor.device.type for tensor in on_device} == {"meta"}
+    named = (moved.completion_values["reference"], moved.token_values["old"], moved.completions_of["chosen"])
+    assert {tensor.device.type for tensor in (*named, *moved.pairs, moved.role, moved.group)} == {"meta"}
+    assert batch.completion_values["reference"].device.type == batch.pairs.chosen.device.type == "cpu"
     assert moved.sample_index.device.type == "cpu" and batch.token_ids.device.type == "cpu"

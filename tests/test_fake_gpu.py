@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pivot.batch import PackedBatch, StepCounts
+from pivot.batch import CHOSEN_TOKEN, REFERENCE, SAMPLE, TARGET_TOKEN, PackedBatch, StepCounts
 from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig, VisionTowerConfig
 from pivot.encoders.library import resolve_encoder
 from pivot.encoders.tower import build_vision_tower
@@ -23,7 +23,7 @@ from pivot.models.mllm import MLLM
 from pivot.objectives import build_objective
 from pivot.startup.selfcheck import start_margins
 from pivot.step import run_micro_batch
-from pivot.system.distributed import World, send
+from pivot.system.distributed import World
 from tests.kit.fake_gpu import GPU, fake_gpu, forbid_waits
 from tests.kit.ranks.scenarios import build_plain, merge, pair
 from tests.kit.syncs import Synchronised
@@ -33,7 +33,7 @@ from tests.kit.trees import TREES, build_batch, random_segments
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # recompute's: all zero
 
 WORLD = World(0, 2, GPU)
-COUNTS = StepCounts(pair=4, chosen_token=20, target_token=40)
+COUNTS = StepCounts({SAMPLE: 4, CHOSEN_TOKEN: 20, TARGET_TOKEN: 40})
 IMAGE_TOKENS = 16
 MODELS = {
     "siglip + qwen2": {"vision": "siglip", "kind": "qwen2"},
@@ -118,9 +118,10 @@ def test_a_step_waits_once(folders: dict[str, Path], section: str, monkeypatch: 
         with forbid_waits():
             for name in ("images and text", "group of four"):
                 host = batches[name].pin_memory()
-                batch, reference = host.to(GPU), send(torch.full((host.num_completions,), -5.0), GPU)
-                logps = run_micro_batch(engine, objective, batch, reference, COUNTS, sums, last=True)
-                assert start_margins(batch, logps, reference).device == GPU
+                host.completion_values[REFERENCE] = torch.full((host.num_completions,), -5.0)  # behind the pinning
+                batch = host.to(GPU)
+                logps = run_micro_batch(engine, objective, batch, COUNTS, sums, last=True)
+                assert start_margins(batch, logps).device == GPU
                 sums.add({"tokens": batch.num_tokens})
             sums.add({"wait_s": 0.5})
             with pytest.raises(Synchronised, match=r"Tensor.cpu waits"):  # all else is queued by then
@@ -132,9 +133,10 @@ def test_evaluation_sums_on_the_gpu(folders: dict[str, Path]) -> None:
     model, image = build_plain(folders["siglip + qwen2"], torch.bfloat16)
     objective, host = build_objective(OBJECTIVES["mpo"]), rows(image)["images and text"]
     terms = Terms(objective)
+    host.completion_values[REFERENCE] = torch.zeros(host.num_completions)
     with fake_gpu():
         batch = host.to(GPU)
-        outcome = objective(model.to(GPU)(batch), batch, torch.zeros(host.num_completions).to(GPU))
+        outcome = objective(model.to(GPU)(batch), batch)
     terms.add(outcome, host)
     terms.add(outcome, host)
 

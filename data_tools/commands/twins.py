@@ -8,6 +8,7 @@ import numpy as np
 from data_tools.arguments import count
 from data_tools.console import Output
 from data_tools.runs import RunData, count_tokens, num_uncounted, open_run
+from pivot.objectives import objective_class
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def _facts(one: RunData, other: RunData) -> list[tuple[str, ...]]:
     plans = one.plan(1), other.plan(1)
     runs = (one, other)
     return [
-        ("objective", *("sft" if run.config.objective.sft is not None else "dpo" for run in runs)),
+        ("objective", *(objective_class(run.config.objective).name for run in runs)),
         ("pairs an epoch", *(f"{plan.num_pairs:,}" for plan in plans)),
         ("steps an epoch", *(f"{plan.steps_per_epoch:.2f}" for plan in plans)),
         ("seed", *(str(run.config.train.seed) for run in runs)),

@@ -1,10 +1,11 @@
-"""Encoded pairs and their pixels to one PackedBatch: a row of trees, each a prompt with its completions as children.
+"""Encoded samples and their pixels to one PackedBatch: a row of trees, each a prompt with its completions as children.
 
-With image trees, pairs that follow each other and begin with the same tokens and images share that beginning: image,
+A prompt may have any number of completions: a chosen and a rejected one, one alone, or many that were sampled for it.
+With image trees, samples that follow each other and begin with the same tokens and images share that beginning: image,
 then questions, then completions.
 
 The shift by one lives here and nowhere else: the position that predicts a completion's first token is the last of the
-prompt, for chosen and for rejected alike; token i of a completion is predicted at the position of token i - 1.
+prompt, for each of its completions alike; token i of a completion is predicted at the position of token i - 1.
 """
 
 from __future__ import annotations
@@ -17,47 +18,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import DUMMY_SAMPLE, PackedBatch
+from pivot.batch import ROLES, PackedBatch
 from pivot.data.lengths import image_prefix
 from pivot.trees import Segments
 
 if TYPE_CHECKING:
     from pivot.encoders.facts import ImageGeometry
-    from pivot.processor import EncodedPair
+
+
+class Completion(NamedTuple):
+    role: str  # one of ROLES
+    token_ids: np.ndarray  # int64[n], n >= 1
 
 
 @dataclass(frozen=True)
 class Example:
-    """One pair ready to be packed; `encoded` is None for a dummy and for a masked sample, which have weight 0."""
+    """A sample that is ready to be packed: a prompt, and the completions that continue it."""
 
     row: int  # of the data set, or DUMMY_SAMPLE
-    encoded: EncodedPair | None
+    prompt: np.ndarray  # int64[n], n >= 1
+    completions: Sequence[Completion]
     pixels: Sequence[Tensor] = ()  # uint8[3, H, W] for each image of the prompt
     image_ids: Sequence[str] = ()  # equal ids are the same image: encoded once
+    weight: float = 1.0
 
 
-DUMMY = Example(DUMMY_SAMPLE, None)
+def masked_example(row: int, roles: Sequence[str], image_token_id: int) -> Example:
+    """What stands for a sample that cannot be read, or (row DUMMY_SAMPLE) for none: a token a segment, weight 0."""
+    filler = np.array([0 if image_token_id != 0 else 1])  # any token that is not an image
+    return Example(row, filler, [Completion(role, filler) for role in roles], weight=0.0)
 
 
 def collate(
-    examples: Sequence[Example],
-    roles: tuple[str, ...],
-    geometry: ImageGeometry,
-    image_token_id: int,
-    *,
-    image_trees: bool = False,
+    examples: Sequence[Example], geometry: ImageGeometry, image_token_id: int, *, image_trees: bool = False
 ) -> PackedBatch:
-    """The micro-batch of `examples`; none gives a row with one weight-0 dummy.
+    """The micro-batch of `examples`, at least one; each is a group of the batch.
 
     Raises ValueError, naming the row, when the image tokens of a prompt do not match its images.
     """
     row = _Row(image_token_id, geometry.num_tokens, image_trees)
-    for example in examples or [DUMMY]:
-        row.add(example, roles)
+    for example in examples:
+        row.add(example)
     black = torch.zeros(3, geometry.size, geometry.size, dtype=torch.uint8)
     segments = Segments(np.array(row.start), np.array(row.end), np.array(row.parent))
-    num_completions = len(row.completion_tokens)
-    by_role = {role: torch.arange(i, num_completions, len(roles)) for i, role in enumerate(roles)}
+    num_targets = torch.tensor(row.completion_tokens)
     return PackedBatch(
         token_ids=_join(row.token_ids),
         position_ids=torch.from_numpy(segments.position_ids()),
@@ -67,9 +71,10 @@ def collate(
         feature_index=_join(row.feature_index),
         target_positions=_join(row.target_positions),
         target_ids=_join(row.target_ids),
-        target_completion=torch.arange(num_completions).repeat_interleave(torch.tensor(row.completion_tokens)),
-        by_role=by_role,
-        completion_tokens=torch.tensor(row.completion_tokens),
+        target_completion=torch.arange(len(num_targets)).repeat_interleave(num_targets),
+        role=torch.tensor(row.role),
+        group=torch.tensor(row.group),
+        completion_tokens=num_targets,
         completion_weight=torch.tensor(row.completion_weight, dtype=torch.float32),
         sample_index=torch.tensor(row.sample_index),
     )
@@ -90,7 +95,7 @@ class _Row:
         self.image_token_id, self.num_image_tokens = image_token_id, num_image_tokens
         self.image_trees = image_trees
         self.length = 0
-        self.trunk: _Trunk | None = None  # of the last pair, which the next one may share
+        self.trunk: _Trunk | None = None  # of the last example, which the next one may share
         self.start: list[int] = []
         self.end: list[int] = []
         self.parent: list[int] = []
@@ -101,24 +106,25 @@ class _Row:
         self.feature_index: list[np.ndarray] = []
         self.target_positions: list[np.ndarray] = []
         self.target_ids: list[np.ndarray] = []
+        self.role: list[int] = []
+        self.group: list[int] = []
         self.completion_tokens: list[int] = []
         self.completion_weight: list[float] = []
         self.sample_index: list[int] = []
 
-    def add(self, example: Example, roles: tuple[str, ...]) -> None:
+    def add(self, example: Example) -> None:
+        group = len(self.sample_index)
         self.sample_index.append(example.row)
-        if example.encoded is None:
-            filler = np.array([0 if self.image_token_id != 0 else 1])  # any token that is not an image
-            self.trunk = None
-            prompt, completions, weight = self._add_segment(filler, parent=-1), dict.fromkeys(roles, filler), 0.0
-        else:
-            prompt = self._add_prompt(example, example.encoded.prompt)
-            completions, weight = example.encoded.completions, 1.0
-        for role in roles:
-            self._add_completion(completions[role], prompt, weight)
+        prompt = self._add_prompt(example)
+        for completion in example.completions:
+            self.role.append(ROLES.index(completion.role))
+            self.group.append(group)
+            self.completion_weight.append(example.weight)
+            self._add_completion(completion.token_ids, prompt)
 
-    def _add_prompt(self, example: Example, prompt: np.ndarray) -> int:
+    def _add_prompt(self, example: Example) -> int:
         """The segment that the completions continue: the prompt's, or its last one."""
+        prompt = example.prompt
         cut = image_prefix(prompt, self.image_token_id) if self.image_trees else 0
         if cut in (0, len(prompt)):
             self.trunk = None
@@ -139,14 +145,13 @@ class _Row:
         self.parent.append(parent)
         return len(self.start) - 1
 
-    def _add_completion(self, token_ids: np.ndarray, prompt: int, weight: float) -> None:
+    def _add_completion(self, token_ids: np.ndarray, prompt: int) -> None:
         last_of_prompt = self.end[prompt] - 1
         segment = self._add_segment(token_ids, parent=prompt)
         inside = np.arange(self.start[segment], self.end[segment] - 1)
         self.target_positions.append(np.concatenate([[last_of_prompt], inside]))
         self.target_ids.append(token_ids)
         self.completion_tokens.append(len(token_ids))
-        self.completion_weight.append(weight)
 
     def _add_images(self, example: Example, prompt: np.ndarray) -> None:
         positions = np.flatnonzero(prompt == self.image_token_id)

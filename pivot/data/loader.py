@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pivot.batch import PackedBatch
+from pivot.batch import DUMMY_SAMPLE, PackedBatch
 from pivot.data.ahead import FetchAhead
-from pivot.data.collate import Example, collate
+from pivot.data.collate import Completion, Example, collate, masked_example
 from pivot.data.images import ImageError, load_image
 from pivot.data.plan import Plan, StepPlan
 from pivot.data.samples import completions_of
@@ -81,16 +81,16 @@ class MicroBatches(Dataset):
     def _make(self, task: Task) -> Made:
         examples, bad = [], {}
         decoded: dict[str, Tensor] = {}  # of this micro-batch: pairs about one image share its pixels
+        processor = self._processor
         for place, row in enumerate(task.rows):
             try:
                 examples.append(self._load(row, decoded))
             except (DamagedSample, ImageError) as error:
-                examples.append(Example(row, None))
+                examples.append(masked_example(row, self._roles, processor.image_token_id))
                 bad[place] = self._bad_record(task.step, row, str(error))
-        processor = self._processor
-        batch = collate(
-            examples, self._roles, processor.geometry, processor.image_token_id, image_trees=self._image_trees
-        )
+        if not examples:  # a rank with nothing to do runs along with the others
+            examples.append(masked_example(DUMMY_SAMPLE, self._roles, processor.image_token_id))
+        batch = collate(examples, processor.geometry, processor.image_token_id, image_trees=self._image_trees)
         return Made(batch, task.rows, bad)
 
     def _load(self, row: int, decoded: dict[str, Tensor]) -> Example:
@@ -104,7 +104,8 @@ class MicroBatches(Dataset):
         for name, data in zip(names, files, strict=True):
             if name not in decoded:
                 decoded[name] = load_image(data, self._processor.geometry)
-        return Example(row, encoded, [decoded[name] for name in names], names)
+        completions = [Completion(role, encoded.completions[role]) for role in self._roles]
+        return Example(row, encoded.prompt, completions, [decoded[name] for name in names], names)
 
     def _check_lengths(self, row: int, encoded: EncodedPair, num_images: int) -> None:
         found = {"prompt": len(encoded.prompt)} | {r: len(encoded.completions[r]) for r in self._roles}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pivot.batch import REJECTED, StepCounts
+from pivot.batch import CHOSEN_TOKEN, REJECTED, SAMPLE, TARGET_TOKEN, StepCounts
 from pivot.data.dealing import cut, deal
 from pivot.data.lengths import Lengths
 from pivot.data.order import ORDER_VERSION, EpochOrder, MixtureOrder, Source
@@ -164,9 +164,11 @@ class Plan:
                 [[int(ids[place]) for unit in row for place in units[unit].places] for row in rank] for rank in rows
             ],
             counts=StepCounts(
-                pair=len(ids),
-                chosen_token=int(self.lengths.chosen[ids].sum()),
-                target_token=int(self.lengths.completion_tokens(self.roles)[ids].sum()),
+                {
+                    SAMPLE: len(ids),
+                    CHOSEN_TOKEN: int(self.lengths.chosen[ids].sum()),
+                    TARGET_TOKEN: int(self.lengths.completion_tokens(self.roles)[ids].sum()),
+                }
             ),
             balance=sum(loads) / (len(loads) * max(loads)) if max(loads) > 0 else 1.0,
             cost=sum(loads),

@@ -1,7 +1,6 @@
 """Reference log-probs: computed once, kept in side-cars beside the shards, never a resident reference model.
 
-`CACHE_DIR/ref/FINGERPRINT/SHARD.SHA256.npy` holds a record per sample, NaN where none was computed; with
-`objective.dpo.reference_per_token` the completion tokens' values lie beside it (reference_tokens.py). The fingerprint
+`CACHE_DIR/ref/FINGERPRINT/SHARD.SHA256.npy` holds a record per sample, NaN where none was computed. The fingerprint
 covers weights, processor, image policy, precision, attention and LOGPROB_VERSION, so one changed byte is a miss, and a
 set's references are shared by every run that starts from the same weights.
 """
@@ -22,7 +21,6 @@ from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
 from pivot.data.loader import Loader
 from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet
-from pivot.reference_tokens import TokenSideCars, split_tokens
 from pivot.system import distributed
 from pivot.system.distributed import World
 from pivot.system.files import write_array
@@ -43,12 +41,11 @@ def reference_fingerprint(*, weights: str, processor: str, facts: dict[str, Any]
 
 
 class ReferenceCache:
-    """The reference log-probs of one data set under one reference model; `per_token`: of each token, too."""
+    """The reference log-probs of one data set under one reference model."""
 
-    def __init__(self, cache_dir: str | Path, fingerprint: str, shards: ShardSet, *, per_token: bool = False) -> None:
+    def __init__(self, cache_dir: str | Path, fingerprint: str, shards: ShardSet) -> None:
         self.folder = Path(cache_dir) / "ref" / fingerprint[:16]
         self._shards = shards
-        self._tokens = TokenSideCars(self.folder, shards) if per_token else None
         parts = [self._read(number) for number in range(len(shards.shards))]
         self._records = np.concatenate(parts)
 
@@ -75,46 +72,31 @@ class ReferenceCache:
         return None
 
     def _missing(self, rows: np.ndarray) -> np.ndarray:
-        """bool[len(rows)]: not scored yet. A masked sample, at infinity, is done with and has no tokens."""
-        values = self._records["chosen_logp"][rows]
-        missing = np.isnan(values)
-        if self._tokens is not None:
-            missing |= np.isfinite(values) & ~self._tokens.has(rows)
-        return missing
+        """bool[len(rows)]: not scored yet. A masked sample, at infinity, is done with."""
+        return np.isnan(self._records["chosen_logp"][rows])
 
     def lookup(self, batch: PackedBatch) -> Tensor:
-        """float32[C] for a batch on the host. Raises ValueError when a value is missing or not of these tokens."""
-        found = torch.zeros(batch.num_completions)
-        rows = batch.sample_index.numpy()
-        real = torch.from_numpy(rows != DUMMY_SAMPLE) & (batch.pair_weight() > 0)
-        records = self._records[rows]  # a dummy's -1 reads the last row, which `real` keeps out
+        """float32[C] for a batch on the host, 0 where the weight is 0.
+
+        Raises ValueError when a value is missing or not of these tokens.
+        """
+        logps = torch.zeros(batch.num_completions)
         for role in ROLES:
-            index = batch.by_role[role][real]
-            values = torch.from_numpy(records[f"{role}_logp"].copy())[real]
-            tokens = torch.from_numpy(records[f"{role}_tokens"].astype(np.int64))[real]
+            index = batch.completions_of[role]
+            index = index[batch.completion_weight[index] > 0]
+            rows = batch.completion_rows[index].numpy()
+            records = self._records[rows]
+            values = torch.from_numpy(records[f"{role}_logp"].copy())
+            tokens = torch.from_numpy(records[f"{role}_tokens"].astype(np.int64))
             wrong = ~torch.isfinite(values) | (tokens != batch.completion_tokens[index])
             if wrong.any():
-                row = int(rows[real.numpy()][int(wrong.nonzero()[0])])
+                row = int(rows[int(wrong.nonzero()[0])])
                 raise ValueError(
                     f"{self._shards.describe(row)}: {self.folder} holds no reference log-prob of this {role} "
                     "completion (another template, or an unfinished cache); delete the folder, it is made anew"
                 )
-            found[index] = values
-        return found
-
-    def lookup_tokens(self, batch: PackedBatch) -> Tensor:
-        """float32[N] for a batch on the host, 0 for dummies and masked samples; `per_token` caches only."""
-        assert self._tokens is not None, "this cache was opened without per_token"
-        found = np.zeros(len(batch.target_ids), dtype=np.float32)
-        for row, role, targets in split_tokens(batch):
-            values, expected = self._tokens.read(row, role), targets.stop - targets.start
-            if len(values) != expected:
-                raise ValueError(
-                    f"{self._shards.describe(row)}: {self.folder} holds reference log-probs of {len(values)} tokens of "
-                    f"the {role} completion, expected {expected}; delete the folder, it is made anew"
-                )
-            found[targets] = values
-        return torch.from_numpy(found)
+            logps[index] = values
+        return logps
 
     def fill(
         self, loader: Loader, score: Score, world: World, say: Callable[[str], None], *, first_step: int = 0
@@ -127,12 +109,8 @@ class ReferenceCache:
         done, total = first_step * loader.plan.global_batch_size, loader.plan.limit or loader.plan.num_pairs
         for step_plan, micro_batches in loader:
             own = [self._score(batch, score) for batch in micro_batches]
-            for scored, tokens in distributed.gather(
-                (np.concatenate([s for s, _ in own]), [t for _, found in own for t in found])
-            ):
+            for scored in distributed.gather(np.concatenate(own)):
                 self._records[scored["row"]] = scored["record"]
-                if self._tokens is not None and world.is_main:
-                    self._tokens.keep(tokens)
             done += len(step_plan.ids)
             if world.is_main:
                 self._write_finished(step_plan.ids, loader.plan)
@@ -142,20 +120,19 @@ class ReferenceCache:
         torch.distributed.barrier()
 
     @torch.no_grad()
-    def _score(self, batch: PackedBatch, score: Score) -> tuple[np.ndarray, list[tuple[int, str, np.ndarray]]]:
-        """(row and RECORD of each pair, row and role and float32[tokens] of each completion if they are kept)."""
-        token_logps = score(batch).float().cpu()
-        logps = batch.completion_logps(token_logps).numpy()
+    def _score(self, batch: PackedBatch, score: Score) -> np.ndarray:
+        """The row and the RECORD of each pair, without dummies."""
+        logps = batch.completion_logps(score(batch).float().cpu()).numpy()
         rows = batch.sample_index.numpy()
         scored = np.zeros(len(rows), dtype=[("row", "<i8"), ("record", RECORD)])
         scored["row"] = rows
         for role in ROLES:
-            index = batch.by_role[role].numpy()
+            index = batch.completions_of[role].numpy()
+            group, weight = batch.group.numpy()[index], batch.completion_weight.numpy()[index]
             # A masked sample is done with, at infinity: NaN would keep its shard unfinished for ever.
-            scored["record"][f"{role}_logp"] = np.where(batch.pair_weight().numpy() > 0, logps[index], np.inf)
-            scored["record"][f"{role}_tokens"] = batch.completion_tokens.numpy()[index]
-        tokens = [(row, role, token_logps[t].numpy().copy()) for row, role, t in split_tokens(batch)]
-        return scored[rows != DUMMY_SAMPLE], tokens if self._tokens is not None else []
+            scored["record"][f"{role}_logp"][group] = np.where(weight > 0, logps[index], np.inf)
+            scored["record"][f"{role}_tokens"][group] = batch.completion_tokens.numpy()[index]
+        return scored[rows != DUMMY_SAMPLE]
 
     def _write_finished(self, rows: np.ndarray, plan: Plan) -> None:
         for number in sorted({self._shards.locate(int(row))[0] for row in rows}):
@@ -171,8 +148,6 @@ class ReferenceCache:
                 self._write(number)
 
     def _write(self, number: int) -> None:
-        if self._tokens is not None:
-            self._tokens.write(number)  # before the records, which say that the shard is done
         write_array(self._path(number), self._records[self._span(number)])
 
     def _span(self, number: int) -> slice:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch, StepCounts
-from pivot.data.loader import Loader
+from pivot.batch import CHOSEN, REFERENCE, REJECTED, PackedBatch, StepCounts
 from pivot.system import distributed
 from pivot.system.distributed import World
 
 if TYPE_CHECKING:
     from pivot.data.reference_cache import ReferenceCache
     from pivot.objectives import Objective, Outcome
+    from pivot.step import StepSource
 
 PAIR_RECORD = np.dtype(
     [
@@ -32,7 +32,7 @@ PAIR_RECORD = np.dtype(
 
 @torch.no_grad()
 def score_pairs(
-    loader: Loader,
+    source: StepSource,
     forward: Callable[[PackedBatch], Tensor],
     world: World,
     *,
@@ -44,32 +44,35 @@ def score_pairs(
     `forward` maps a batch on the device to float32[N]. Samples that could not be read are left out of both.
     """
     terms, parts = Terms(objective), []
-    for _, micro_batches in loader:
+    for _, micro_batches in source:
         for host_batch in micro_batches:
+            if reference is not None:
+                host_batch.completion_values[REFERENCE] = reference.lookup(host_batch)
             batch = host_batch.to(world.device)
             token_logps = forward(batch)
-            found = reference.lookup(host_batch) if reference is not None else None
-            parts.append(_records(host_batch, batch.completion_logps(token_logps).float().cpu(), found))
+            parts.append(_records(host_batch, batch.completion_logps(token_logps).float().cpu()))
             if objective is not None:
-                on_device = None if found is None else found.to(world.device)
-                terms.add(objective(token_logps, batch, on_device), host_batch)
+                terms.add(objective(token_logps, batch), host_batch)
     gathered = distributed.gather((np.concatenate(parts), terms.sums()))
     records = np.concatenate([records for records, _ in gathered])
     return records[np.argsort(records["row"], kind="stable")], terms.means([sums for _, sums in gathered])
 
 
-def _records(batch: PackedBatch, logps: Tensor, reference: Tensor | None) -> np.ndarray:
-    records = np.zeros(batch.num_pairs, dtype=PAIR_RECORD)
+def _records(batch: PackedBatch, logps: Tensor) -> np.ndarray:
+    """PAIR_RECORD of each sample of a batch on the host that was really scored; `logps`: float32[C]."""
+    records = np.zeros(batch.num_groups, dtype=PAIR_RECORD)
     records["row"] = batch.sample_index.numpy()
-    for role, index in batch.by_role.items():
-        records[f"{role}_logp"] = logps[index].numpy()
-        records[f"{role}_tokens"] = batch.completion_tokens[index].numpy()
+    group = batch.group.numpy()
+    for role in (CHOSEN, REJECTED):
+        index = batch.completions_of[role].numpy()
+        records[f"{role}_logp"][group[index]] = logps.numpy()[index]
+        records[f"{role}_tokens"][group[index]] = batch.completion_tokens.numpy()[index]
     records["margin"] = np.nan
-    if reference is not None:
-        gained = (logps - reference).numpy()
-        records["margin"] = gained[batch.by_role[CHOSEN]] - gained[batch.by_role[REJECTED]]
-    real = (batch.sample_index != DUMMY_SAMPLE) & (batch.pair_weight() > 0)
-    return records[real.numpy()]
+    if REFERENCE in batch.completion_values:
+        gained = (logps - batch.completion_values[REFERENCE]).numpy()
+        chosen, rejected = (index.numpy() for index in batch.pairs)
+        records["margin"][group[chosen]] = gained[chosen] - gained[rejected]
+    return records[np.unique(group[batch.completion_weight.numpy() > 0])]
 
 
 class Terms:
@@ -80,7 +83,7 @@ class Terms:
         self._sums: dict[str, Tensor] = {}
         self._units: dict[str, str] = {}
         self._weights: dict[str, float] = {}  # of the terms that make up the loss
-        self._counts = StepCounts(pair=0, chosen_token=0, target_token=0)
+        self._counts = StepCounts()
 
     def add(self, outcome: Outcome, batch: PackedBatch) -> None:
         assert self._objective is not None
@@ -90,12 +93,7 @@ class Terms:
             value = term.total.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._units[name] = term.unit
-        tokens = {role: batch.completion_tokens[i] * batch.completion_weight[i] for role, i in batch.by_role.items()}
-        self._counts += StepCounts(
-            pair=int(batch.pair_weight().sum()),
-            chosen_token=int(tokens[CHOSEN].sum()),
-            target_token=sum(int(tokens[role].sum()) for role in self._objective.roles),
-        )
+        self._counts += batch.counts(self._objective.roles)
 
     def sums(self) -> tuple[dict[str, float], StepCounts]:
         """This rank's part, on the host."""
@@ -105,7 +103,7 @@ class Terms:
         """`loss` and the metrics over all ranks' parts: each sum divided once."""
         if not self._sums:
             return {}
-        counts = sum((counts for _, counts in parts), StepCounts(pair=0, chosen_token=0, target_token=0))
+        counts = sum((counts for _, counts in parts), StepCounts())
         means = {
             name: sum(sums[name] for sums, _ in parts) / counts.denominator(unit) for name, unit in self._units.items()
         }

@@ -1,4 +1,7 @@
-"""What is learned: SFT, or a preference loss, or a mix of them, behind one protocol."""
+"""What is learned: SFT, or a preference loss, or a mix of them, behind one protocol.
+
+`OBJECTIVES` is the only list of objectives. What the rest of a run has to know of one, it asks the objective.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,29 @@ from pivot.objectives.sft import SFTObjective
 if TYPE_CHECKING:
     from pivot.config import ObjectiveConfig
 
-__all__ = ["Objective", "Outcome", "PreferenceObjective", "SFTObjective", "Term", "build_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "Outcome",
+    "PreferenceObjective",
+    "SFTObjective",
+    "Term",
+    "build_objective",
+    "objective_class",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {"sft": SFTObjective, "dpo": PreferenceObjective}  # section -> class
+
+
+def objective_class(section: ObjectiveConfig) -> type[Objective]:
+    """The class that the run's `objective` section asks for, its settings unread. ValueError where there is none."""
+    for name, objective in OBJECTIVES.items():
+        if getattr(section, name) is not None:
+            return objective
+    raise ValueError(f"objective: none is given; expected {' or '.join(f'objective.{name}' for name in OBJECTIVES)}")
 
 
 def build_objective(section: ObjectiveConfig) -> Objective:
     """The objective of the run's `objective` section; ValueError, with the key, for a setting it cannot follow."""
-    if section.dpo is not None:
-        return PreferenceObjective(section.dpo)
-    if section.sft is not None:
-        return SFTObjective()
-    raise ValueError("objective: none is given; expected objective.sft or objective.dpo")
+    objective = objective_class(section)
+    return objective(getattr(section, objective.name))

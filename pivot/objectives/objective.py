@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ class Term(NamedTuple):
     """A sum over one micro-batch, and what it is to be divided by, once, over the whole step."""
 
     total: Tensor  # float32[]
-    unit: str  # a field of StepCounts: pair | chosen_token | target_token
+    unit: str  # one that the step's StepCounts hold: SAMPLE, CHOSEN_TOKEN, TARGET_TOKEN
 
 
 class Outcome(NamedTuple):
@@ -25,14 +25,34 @@ class Outcome(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is learned. `roles`: the completions it needs of each sample, in order."""
+    """What is learned, and all that the rest of a run has to know of it."""
 
-    roles: tuple[str, ...]
-    needs_reference: bool  # `reference` must be given
+    name: ClassVar[str]  # its section in the run's `objective`
+    unit_name: ClassVar[str]  # what people call the samples that it learns from: pairs, samples
+
+    roles: tuple[str, ...]  # the completions that it needs of each sample, in order
+    needs_reference: bool  # the batch must hold `completion_values[REFERENCE]`
+    reference_folder: str | None  # whose weights the reference has; None: those that the run starts from
+    # Reward per nat of log-prob that a completion gained over the reference, where there are such rewards: when a run
+    # starts from its reference, the margins between chosen and rejected, in this scale, must be zero. None: no margins.
+    margin_scale: float | None
     metrics_every_step: bool  # `after_step` must see every step's metrics, also of steps that are not logged
 
-    def __call__(self, token_logps: Tensor, batch: PackedBatch, reference: Tensor | None) -> Outcome:
-        """float32[N] log-probs of the targets, float32[C] of the completions under the reference -> sums."""
+    def __init__(self, section: Any) -> None:
+        """Of its own section; ValueError, with the key, for a setting that it cannot follow."""
+        ...
+
+    def __str__(self) -> str:
+        """The setting that chose it, for messages: `objective.dpo.loss: sigmoid`."""
+        ...
+
+    @staticmethod
+    def describe(section: Any) -> str:
+        """What a report says of a run's section besides the name: `sigmoid · beta 0.1`; may be empty."""
+        ...
+
+    def __call__(self, token_logps: Tensor, batch: PackedBatch) -> Outcome:
+        """float32[N] log-probs of the batch's targets -> sums over the batch; a masked completion adds exactly zero."""
         ...
 
     def after_step(self, metrics: Mapping[str, float]) -> None:

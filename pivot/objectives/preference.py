@@ -12,13 +12,13 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pivot.batch import CHOSEN, REJECTED, PackedBatch
-from pivot.objectives.losses import LOSSES, READ_BY, REFERENCE_FREE, LossOptions, NumTokens
+from pivot.batch import CHOSEN, CHOSEN_TOKEN, REFERENCE, REJECTED, SAMPLE, PackedBatch
+from pivot.objectives.losses import LOSSES, REFERENCE_FREE, NumTokens, options_of
 from pivot.objectives.objective import Outcome, Term
 
 if TYPE_CHECKING:
@@ -44,48 +44,68 @@ class PreferenceObjective:
     steps. The first step's shift is 0, which is its true value when the run starts from its reference.
     """
 
+    name: ClassVar[str] = "dpo"
+    unit_name: ClassVar[str] = "pairs"
     roles: tuple[str, ...] = (CHOSEN, REJECTED)
 
     def __init__(self, section: DPOConfig) -> None:
+        self._section = section
         self.mix = _read_mix(section.loss)
         _refuse_unread_options(section, set(self.mix))
-        self.options = LossOptions(section.beta, section.label_smoothing, section.simpo_gamma)
+        self._taken = {name: options_of(LOSSES[name]) for name in self.mix if name != SFT}
         self.needs_reference = bool(set(self.mix) - REFERENCE_FREE - {SFT})
+        self.reference_folder = section.reference
+        self.margin_scale = section.beta if self.needs_reference else None
         self.metrics_every_step = section.bco_shift == "running_mean"
+        self.bco_shift = 0.0  # BCO's reward shift, in units of reward; the section says whether it moves
         self._num_steps = 0
         if section.reference is not None and not self.needs_reference:
             raise ValueError(f"objective.dpo.reference: given, but {_names(self.mix)} needs no reference; remove it")
 
-    def __call__(self, token_logps: Tensor, batch: PackedBatch, reference: Tensor | None) -> Outcome:
-        weight = batch.pair_weight()
-        num_tokens = NumTokens(*(batch.completion_tokens[batch.by_role[role]].clamp(min=1) for role in self.roles))
-        scores = self._score(token_logps, batch, reference)
+    def __str__(self) -> str:
+        return f"objective.dpo.loss: {self._section.loss}"
+
+    @staticmethod
+    def describe(section: DPOConfig) -> str:
+        loss = section.loss if isinstance(section.loss, str) else " + ".join(map(str, section.loss))
+        return f"{loss} · beta {section.beta}"
+
+    def __call__(self, token_logps: Tensor, batch: PackedBatch) -> Outcome:
+        weight = batch.completion_weight[batch.pairs.chosen]
+        num_tokens = NumTokens(*(batch.completion_tokens[index].clamp(min=1) for index in batch.pairs))
+        scores = self._score(token_logps, batch)
         terms = {name: self._term(name, scores, num_tokens, weight) for name in self.mix}
         metrics = self._metrics(scores, num_tokens, weight)
         if len(terms) > 1:
             metrics |= {f"loss/{name}": Term(term.total.detach(), term.unit) for name, term in terms.items()}
         return Outcome({name: (self.mix[name], term) for name, term in terms.items()}, metrics)
 
-    def _score(self, token_logps: Tensor, batch: PackedBatch, reference: Tensor | None) -> PairScores:
+    def _score(self, token_logps: Tensor, batch: PackedBatch) -> PairScores:
         policy = batch.completion_logps(token_logps)
-        if not self.needs_reference:
-            reference = torch.zeros_like(policy)
-        assert reference is not None, "the loss needs the reference's log-probs of the batch's completions"
+        reference = torch.zeros_like(policy)
+        if self.needs_reference:
+            assert REFERENCE in batch.completion_values, "the loss needs the reference's log-probs of the completions"
+            reference = batch.completion_values[REFERENCE]
         # Before any arithmetic: 0 * nan is nan, and so is the gradient of a where() around it.
         scored = batch.completion_weight > 0
         policy, reference = torch.where(scored, policy, 0.0), torch.where(scored, reference, 0.0)
-        chosen, rejected = (batch.by_role[role] for role in self.roles)
+        chosen, rejected = batch.pairs
         return PairScores(policy[chosen], policy[rejected], reference[chosen], reference[rejected])
 
     def _term(self, name: str, scores: PairScores, num_tokens: NumTokens, weight: Tensor) -> Term:
         if name == SFT:
-            return Term(-(weight * scores.policy_chosen).sum(), "chosen_token")
-        return Term((weight * LOSSES[name](*scores, num_tokens, self.options)).sum(), "pair")
+            return Term(-(weight * scores.policy_chosen).sum(), CHOSEN_TOKEN)
+        options = {option: self._option(option) for option in self._taken[name]}
+        return Term((weight * LOSSES[name](*scores, num_tokens, **options)).sum(), SAMPLE)
+
+    def _option(self, name: str) -> float:
+        return self.bco_shift if name == "bco_shift" else getattr(self._section, name)
 
     def _metrics(self, scores: PairScores, num_tokens: NumTokens, weight: Tensor) -> dict[str, Term]:
         scores = PairScores(*(score.detach() for score in scores))
-        chosen = self.options.beta * (scores.policy_chosen - scores.ref_chosen)  # below eq. 7, arxiv.org/abs/2305.18290
-        rejected = self.options.beta * (scores.policy_rejected - scores.ref_rejected)
+        beta = self._section.beta
+        chosen = beta * (scores.policy_chosen - scores.ref_chosen)  # below eq. 7, arxiv.org/abs/2305.18290
+        rejected = beta * (scores.policy_rejected - scores.ref_rejected)
         if not self.needs_reference:
             chosen, rejected = chosen / num_tokens.chosen, rejected / num_tokens.rejected
         values = {
@@ -96,7 +116,7 @@ class PreferenceObjective:
             "logps/chosen": scores.policy_chosen,
             "logps/rejected": scores.policy_rejected,
         }
-        return {name: Term((weight * value).sum(), "pair") for name, value in values.items()}
+        return {name: Term((weight * value).sum(), SAMPLE) for name, value in values.items()}
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
         """Move BCO's running shift by a finished step's mean reward; every step holds the same number of pairs.
@@ -107,11 +127,10 @@ class PreferenceObjective:
         if not math.isfinite(reward):
             return
         self._num_steps += 1
-        shift = self.options.bco_shift + (reward - self.options.bco_shift) / self._num_steps
-        self.options = dataclasses.replace(self.options, bco_shift=shift)
+        self.bco_shift += (reward - self.bco_shift) / self._num_steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {"bco_shift": self.options.bco_shift, "num_steps": self._num_steps} if self.metrics_every_step else {}
+        return {"bco_shift": self.bco_shift, "num_steps": self._num_steps} if self.metrics_every_step else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; a mismatch means that the loss was changed, which a resume may not do."""
@@ -126,7 +145,7 @@ class PreferenceObjective:
                     f"objective state: bco_shift is {state['bco_shift']}, so every loss would be; remove the newest "
                     "checkpoint's folder to go on from the one before it"
                 )
-            self.options = dataclasses.replace(self.options, bco_shift=float(state["bco_shift"]))
+            self.bco_shift = float(state["bco_shift"])
             self._num_steps = int(state["num_steps"])
 
 
@@ -144,13 +163,18 @@ def _read_mix(loss: str | Mapping[str, float]) -> dict[str, float]:
 
 
 def _refuse_unread_options(section: DPOConfig, names: set[str]) -> None:
-    defaults = {"label_smoothing": 0.0, "simpo_gamma": LossOptions.simpo_gamma, "bco_shift": "none"}
-    for option, default in defaults.items():
-        value = getattr(section, option)
-        if value != default and not names & READ_BY[option]:
+    """ValueError for an option that is not at its default, and that no loss of the mix takes: it would do nothing."""
+    takers: dict[str, list[str]] = {}
+    for name, loss in LOSSES.items():
+        for option in options_of(loss):
+            takers.setdefault(option, []).append(name)
+    del takers["beta"]  # the rewards that are shown have it, whatever the loss
+    for spec in dataclasses.fields(section):
+        value = getattr(section, spec.name)
+        if spec.name in takers and value != spec.default and not names & set(takers[spec.name]):
             raise ValueError(
-                f"objective.dpo.{option}: found {value}, but {_names(names)} does not read it; "
-                f"remove it, or choose a loss that does: {', '.join(sorted(READ_BY[option]))}"
+                f"objective.dpo.{spec.name}: found {value}, but {_names(names)} does not read it; "
+                f"remove it, or choose a loss that does: {', '.join(sorted(takers[spec.name]))}"
             )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pivot.batch import CHOSEN, PackedBatch
+from pivot.batch import CHOSEN, SAMPLE, TARGET_TOKEN, PackedBatch
 from pivot.objectives.objective import Outcome, Term
 
 
@@ -19,18 +19,32 @@ class SFTObjective:
     same steps.
     """
 
+    name: ClassVar[str] = "sft"
+    unit_name: ClassVar[str] = "samples"
     roles: tuple[str, ...] = (CHOSEN,)
     needs_reference = False
+    reference_folder: str | None = None
+    margin_scale: float | None = None
     metrics_every_step = False
 
-    def __call__(self, token_logps: Tensor, batch: PackedBatch, reference: Tensor | None) -> Outcome:
-        weight = batch.completion_weight[batch.by_role[CHOSEN]]
-        logps = batch.completion_logps(token_logps)[batch.by_role[CHOSEN]]
+    def __init__(self, section: Any) -> None:
+        """There is nothing to set."""
+
+    def __str__(self) -> str:
+        return "objective.sft"
+
+    @staticmethod
+    def describe(section: Any) -> str:
+        return ""
+
+    def __call__(self, token_logps: Tensor, batch: PackedBatch) -> Outcome:
+        chosen = batch.completions_of[CHOSEN]
+        weight, logps = batch.completion_weight[chosen], batch.completion_logps(token_logps)[chosen]
         total = (weight * torch.where(weight > 0, logps, 0.0)).sum()  # where: 0 * nan of a masked sample is nan
         nll = -total
         return Outcome(
-            loss={"sft": (1.0, Term(nll, "target_token"))},
-            metrics={"logps/chosen": Term(total.detach(), "pair")},
+            loss={"sft": (1.0, Term(nll, TARGET_TOKEN))},
+            metrics={"logps/chosen": Term(total.detach(), SAMPLE)},
         )
 
     def after_step(self, metrics: Mapping[str, float]) -> None:

@@ -188,9 +188,7 @@ def _held_out_charts(run: Run) -> list[Chart]:
         spread = [tuple(row["intervals"][key][1:]) for row in rows if key in row.get("intervals", {})]
         return Series(name, colour, xs, ys, spread=spread if len(spread) == len(xs) else None)
 
-    shares = [series("preference", 1, PREFERENCE), series("answers", 2, VQA)]
-    if run.objective == "DPO":
-        shares.append(series("rewards", 3, REWARDS))
+    shares = [series("preference", 1, PREFERENCE), series("answers", 2, VQA), series("rewards", 3, REWARDS)]
     charts = [
         Chart("Held-out accuracy", [s for s in shares if s.xs], "bars: 95 % intervals"),
         Chart("Held-out loss", [series("loss", 1, "eval/loss")]),
@@ -323,7 +321,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("precision", str(start.get("dtype", "?")).removeprefix("torch.")),
         ("memory", f"{perf['perf/peak_memory_gib']:.1f} GiB a rank" if perf.get("perf/peak_memory_gib") else "-"),
         ("useful share of the matrix rate", f"{100 * perf['perf/mfu']:.1f} %" if perf.get("perf/mfu") else "-"),
-        ("spent", describe(run.end, "pairs" if run.objective == "DPO" else "samples") if "flops" in run.end else "-"),
+        ("spent", describe(run.end, run.objective.unit_name) if "flops" in run.end else "-"),
         *([("lines passed over", f"{others}: not what a run writes, or cut short")] if others else []),
         ("seed", str(config.train.seed)),
         ("data plan", str(start.get("plan_fingerprint", "-"))[:16]),

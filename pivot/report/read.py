@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pivot.config import Config
 from pivot.config_load import read_settings
+from pivot.objectives import Objective, objective_class
 from pivot.report.rows import Row, is_log_row, is_sample, read_rows
 from pivot.system.files import read_object
 
@@ -29,8 +30,14 @@ class Run:
         return self.folder.name
 
     @property
-    def objective(self) -> str:
-        return "SFT" if self.config.objective.sft is not None else "DPO"
+    def objective(self) -> type[Objective]:
+        return objective_class(self.config.objective)
+
+    @property
+    def objective_text(self) -> str:
+        """DPO · sigmoid · beta 0.1"""
+        section = getattr(self.config.objective, self.objective.name)
+        return " · ".join(filter(None, [self.objective.name.upper(), self.objective.describe(section)]))
 
     def series(self, key: str, *, held_out: bool = False) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""

@@ -68,7 +68,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     processor = build_processor(sources.model, config.data, sources.encoder)
     skeleton = build_skeleton(sources.model, len(processor.tokenizer), sources.encoder)
     warning = check_positions(skeleton.text_config, _longest_text(config))
-    reference = _resolve_reference(config, sources)
+    reference = _resolve_reference(config, sources, objective.reference_folder)
     attention = _resolve_attention(config.train.attention, skeleton, world.device, dtype)
     data = open_training_data(config)
     data = replace(data, cache_dir=distributed.broadcast(data.cache_dir))
@@ -96,9 +96,8 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     )
 
 
-def _resolve_reference(config: Config, sources: Sources) -> Sources:
-    """Where the reference's weights come from; it must be able to score the same rows as the model."""
-    folder = config.objective.dpo.reference if config.objective.dpo is not None else None
+def _resolve_reference(config: Config, sources: Sources, folder: str | None) -> Sources:
+    """Where the reference's weights come from: `folder`, which must be able to score the same rows, or `sources`."""
     if folder is None:
         return sources
     reference = resolve_sources(replace(config, init_from=folder, init_parts=None))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pivot.batch import CHOSEN, REJECTED, PackedBatch
+from pivot.batch import PackedBatch
 from pivot.config import Config, ConfigError
 from pivot.data.plan import Plan
 from pivot.data.reference_cache import ReferenceCache, Score, reference_fingerprint
@@ -60,8 +60,7 @@ def open_references(
         return cache
 
     # Every pair once, shard by shard, so that a shard is whole, and on disk, as soon as may be.
-    every_pair = {"limit": int(inputs.plan.kept.sum()), "mixture": None, "window_shards": 1}
-    plan = inputs.plan.another(**every_pair, roles=(CHOSEN, REJECTED))
+    plan = inputs.plan.another(limit=int(inputs.plan.kept.sum()), mixture=None, window_shards=1)
     train = complete(inputs.data.shards, inputs.data.cache_dir, plan)
     held_out = inputs.held_out
     if held_out is None or not held_out.has_pairs:
@@ -113,8 +112,7 @@ def make_references(config: Config, *, check_only: bool = False) -> None:
     inputs = open_inputs(config, world, say)
     say(first_screen(config, inputs, world))
     if not inputs.objective.needs_reference:
-        loss = config.objective.dpo.loss if config.objective.dpo is not None else "sft"
-        raise ConfigError(f"objective.dpo.loss: {loss} needs no reference, so there is nothing to score")
+        raise ConfigError(f"{inputs.objective} needs no reference, so there is nothing to score")
     if check_only:
         return
     found = open_references(config, inputs, world, say)

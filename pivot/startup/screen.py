@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pivot.batch import SAMPLE
 from pivot.config import COMPONENTS, Config
 from pivot.data.plan import Plan
 from pivot.startup import memory
@@ -39,9 +40,9 @@ def _list_exclusions(plan: Plan) -> str:
 
 def first_screen(config: Config, inputs: Inputs, world: World) -> str:
     """What is about to run, in a few lines."""
-    plan, step = inputs.plan, inputs.plan.step(0)
+    plan, step, unit = inputs.plan, inputs.plan.step(0), inputs.objective.unit_name
     place = "GPU" if world.device.type == "cuda" else "machine"
-    total = step.cost * inputs.total_steps
+    each, total = step.cost / step.counts[SAMPLE], step.cost * inputs.total_steps
     excluded = _list_exclusions(plan)
     rates = ", ".join(f"{name} {config.optim.component(name).lr or 'frozen'}" for name in COMPONENTS)
     stage = inputs.deepspeed["zero_optimization"].get("stage", 0)
@@ -61,12 +62,12 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
             *([f"positions  {inputs.warning}"] if inputs.warning else []),
             f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each; in "
             f"{plan.num_with_images} of {int(plan.kept.sum())} samples",
-            f"steps      {inputs.total_steps} of {config.train.global_batch_size} pairs "
+            f"steps      {inputs.total_steps} of {config.train.global_batch_size} {unit} "
             f"({inputs.total_steps / plan.steps_per_epoch:.2f} epochs)",
             f"rates      {rates}",
             f"ranks      {world.size} on {world.device.type}, ZeRO stage {stage}, {str(inputs.dtype).split('.')[1]}",
             *memory.judge(_memory_setup(config, inputs, world), *memory.memory_there(world), place),
-            f"work       {describe_flops(step.cost / step.counts.pair)} a pair, {describe_flops(total)} in all",
+            f"work       {describe_flops(each)} a {unit.removesuffix('s')}, {describe_flops(total)} in all",
             f"output     {config.output_dir}",
         ]
     )

@@ -11,44 +11,46 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pivot.batch import CHOSEN, REJECTED, PackedBatch
-from pivot.data.loader import Loader
+from pivot.batch import REFERENCE, PackedBatch
 from pivot.data.reference_cache import ReferenceCache, Score
+from pivot.step import StepSource
 from pivot.system import distributed
 
-FP32_MARGIN = 1e-4  # nat times beta; the rounding of a few hundred summed log-probs stays below a tenth of it
+FP32_MARGIN = 1e-4  # of a reward margin; the rounding of a few hundred summed log-probs stays below a tenth of it
 REPACKING_FACTOR = 4.0  # bf16: times what another packing of the same pairs changes
 REPACKED_PAIRS = 32
 
 
 @torch.no_grad()
-def margin_tolerance(dtype: torch.dtype, beta: float, loader: Loader, score: Score, reference: ReferenceCache) -> float:
+def margin_tolerance(
+    dtype: torch.dtype, scale: float, source: StepSource, score: Score, reference: ReferenceCache
+) -> float:
     """How far a first margin may be from 0: rounding in fp32, in bf16 a multiple of what repacking changes. Collective.
 
-    `loader` gives some pairs of the reference in another packing than the one they were scored in; in bf16 they are
+    `source` gives some pairs of the reference in another packing than the one they were scored in; in bf16 they are
     scored again.
     """
     if dtype == torch.float32:
         return FP32_MARGIN
     worst = torch.zeros(())
-    for _, micro_batches in loader:
+    for _, micro_batches in source:
         for batch in micro_batches:
             logps = batch.completion_logps(score(batch).float().cpu())
             worst = torch.maximum(worst, ((logps - reference.lookup(batch)) * batch.completion_weight).abs().max())
-    noise = beta * max(distributed.gather(float(worst)))
+    noise = scale * max(distributed.gather(float(worst)))
     return max(FP32_MARGIN, REPACKING_FACTOR * 2 * noise)  # a margin is a difference of two completions
 
 
-def start_margins(batch: PackedBatch, token_logps: Tensor, reference: Tensor) -> Tensor:
+def start_margins(batch: PackedBatch, token_logps: Tensor) -> Tensor:
     """float32[P]: (policy - reference) of chosen minus the same of rejected, 0 for masked pairs."""
-    change = batch.completion_logps(token_logps) - reference
-    return (change[batch.by_role[CHOSEN]] - change[batch.by_role[REJECTED]]) * batch.pair_weight()
+    change = batch.completion_logps(token_logps) - batch.completion_values[REFERENCE]
+    return (change[batch.pairs.chosen] - change[batch.pairs.rejected]) * batch.completion_weight[batch.pairs.chosen]
 
 
 def require_zero_margins(margins: Tensor, tolerance: float, world: distributed.World) -> None:
     """RuntimeError on every rank unless all start margins, float32[P] on each rank, lie within `tolerance`.
 
-    `margins` are beta * ((policy - reference) of chosen - the same of rejected), 0 for masked pairs.
+    `margins` are those of `start_margins` in the objective's `margin_scale`.
     """
     worst = torch.tensor([0.0, 0.0], device=world.device, dtype=torch.float64)
     worst[0] = margins.abs().nan_to_num(nan=math.inf).max() if len(margins) else 0.0

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from pivot.data.collate import Example, collate
+from pivot.batch import DUMMY_SAMPLE
+from pivot.data.collate import Completion, Example, collate, masked_example
 from pivot.data.lengths import LENGTH_RECORD, Lengths, image_prefix
 from pivot.data.order import EpochOrder, MixtureOrder, Source
 from pivot.data.units import Costs, Work
-from pivot.processor import EncodedPair
 from tests.kit.sets import GEOMETRY, IMAGE_TOKEN_ID, plan_of
 
 ROLES = ("chosen", "rejected")
@@ -37,9 +37,9 @@ def examples_of(lengths: Lengths, rows: list[int]) -> list[Example]:
     for row in rows:
         group, rest = int(lengths.image_prefix_hash[row]), int(lengths.prompt[row] - lengths.image_prefix[row])
         prompt = np.array(([7] + [I] * PER_IMAGE if group else []) + [row % 200] * rest)
-        ids = {role: np.full(int(getattr(lengths, role)[row]), 9) for role in ROLES}
+        completions = [Completion(role, np.full(int(getattr(lengths, role)[row]), 9)) for role in ROLES]
         pixels = [torch.full((3, 8, 8), group, dtype=torch.uint8)] if group else []
-        found.append(Example(row, EncodedPair(prompt, ids, len(pixels)), pixels, [str(group)] if group else []))
+        found.append(Example(row, prompt, completions, pixels, [str(group)] if group else []))
     return found
 
 
@@ -99,7 +99,8 @@ def test_rows_hold_what_the_plan_counted(world_size, budget):
         total = 0
         for rank in planned.micro_batches:
             for rows in rank:
-                batch = collate(examples_of(lengths, rows), ROLES, GEOMETRY, I, image_trees=True)
+                examples = examples_of(lengths, rows) or [masked_example(DUMMY_SAMPLE, ROLES, I)]
+                batch = collate(examples, GEOMETRY, I, image_trees=True)
                 assert batch.num_tokens <= budget
                 total += batch.num_tokens if rows else 0
                 assert len(batch.pixel_values) == max(1, len({groups[row] for row in rows} - {0}))
@@ -115,12 +116,11 @@ def test_a_tree_by_hand():
     image = [7, *[I] * PER_IMAGE]
 
     def example(row, question, chosen, rejected, name="red"):
-        ids = {"chosen": np.array(chosen), "rejected": np.array(rejected)}
-        return Example(row, EncodedPair(np.array([*image, *question]), ids, 1), [red], [name])
+        completions = [Completion("chosen", np.array(chosen)), Completion("rejected", np.array(rejected))]
+        return Example(row, np.array([*image, *question]), completions, [red], [name])
 
     batch = collate(
         [example(0, [1], [2], [3, 3]), example(1, [4, 4], [5], [6]), example(2, [1], [2], [3], "blue")],
-        ROLES,
         GEOMETRY,
         I,
         image_trees=True,
@@ -137,16 +137,16 @@ def test_a_tree_by_hand():
 def test_a_masked_sample_ends_the_tree():
     lengths = grouped_lengths([5, 5, 5])
     first, _, last = examples_of(lengths, [0, 1, 2])
-    batch = collate([first, Example(1, None), last], ROLES, GEOMETRY, I, image_trees=True)
+    batch = collate([first, masked_example(1, ROLES, I), last], GEOMETRY, I, image_trees=True)
     assert batch.segments.parent.tolist() == [-1, 0, 1, 1, -1, 4, 4, -1, 7, 8, 8]
-    assert batch.pair_weight().tolist() == [1, 0, 1] and len(batch.pixel_values) == 1
+    assert batch.completion_weight[batch.pairs.chosen].tolist() == [1, 0, 1] and len(batch.pixel_values) == 1
 
 
 def test_a_prompt_that_ends_with_its_image_has_no_question():
-    ids = {"chosen": np.array([2]), "rejected": np.array([3])}
+    completions = [Completion("chosen", np.array([2])), Completion("rejected", np.array([3]))]
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    example = Example(0, EncodedPair(np.array([I] * PER_IMAGE), ids, 1), [image], ["a"])
-    batch = collate([example, example], ROLES, GEOMETRY, I, image_trees=True)
+    example = Example(0, np.array([I] * PER_IMAGE), completions, [image], ["a"])
+    batch = collate([example, example], GEOMETRY, I, image_trees=True)
     assert batch.segments.parent.tolist() == [-1, 0, 0, -1, 3, 3]
     assert image_prefix(np.array([1, 2]), I) == 0
 

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from pivot.batch import SAMPLE, TARGET_TOKEN
 from pivot.data import loader as loader_module
 from pivot.data.loader import Loader
 from pivot.data.shards import ShardSet
@@ -56,9 +57,9 @@ def test_all_ranks_together_hold_the_step(packed, cache, world_size):
         assert together == sorted(plan.step_ids(step))
         counts = plan.step(step).counts
         batches = [batch for rank in ranks for batch in rank[step]]
-        assert sum(float(batch.pair_weight().sum()) for batch in batches) == counts.pair
+        assert sum(float(batch.completion_weight[batch.pairs.chosen].sum()) for batch in batches) == counts[SAMPLE]
         weighted = sum(int((batch.completion_tokens * batch.completion_weight).sum()) for batch in batches)
-        assert weighted == counts.target_token
+        assert weighted == counts[TARGET_TOKEN]
 
 
 def test_sft_sees_the_same_samples(packed, cache):
@@ -68,7 +69,8 @@ def test_sft_sees_the_same_samples(packed, cache):
     samples = take(Loader(packed, chosen, FakeProcessor()), 3)
     assert ids(pairs) == ids(samples)
     batch = samples[0][0]
-    assert list(batch.by_role) == ["chosen"] and batch.num_completions == batch.num_pairs
+    assert batch.completions_of["chosen"].tolist() == list(range(batch.num_completions))
+    assert batch.num_completions == batch.num_groups and not len(batch.pairs.chosen)
 
 
 def test_a_resumed_stream_equals_an_unbroken_one(packed, cache):
@@ -110,7 +112,11 @@ def test_a_flipped_bit_masks_one_sample_and_is_written_down(packed, cache, tmp_p
     loader = Loader(damaged, whole, FakeProcessor(), workers=workers, bad_samples_dir=tmp_path)
     found, expected = take(loader, 2), take(Loader(packed, whole, FakeProcessor()), 2)
     assert ids(found) == ids(expected)
-    weights = {int(i): float(w) for b in found[0] for i, w in zip(b.sample_index, b.pair_weight(), strict=True)}
+    weights = {
+        int(i): float(w)
+        for b in found[0]
+        for i, w in zip(b.sample_index, b.completion_weight[b.pairs.chosen], strict=True)
+    }
     assert weights.pop(row) == 0 and set(weights.values()) == {1}
     assert loader.num_masked == 1
     record = json.loads((tmp_path / "bad-samples-rank0.jsonl").read_text())

@@ -20,4 +20,4 @@ def assert_equal_batches(left, right):
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, other), name
     np.testing.assert_array_equal(left.segments.start, right.segments.start)
-    assert all(torch.equal(index, right.by_role[role]) for role, index in left.by_role.items())
+    assert all(torch.equal(index, right.completions_of[role]) for role, index in left.completions_of.items())

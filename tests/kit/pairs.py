@@ -8,7 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import CHOSEN, REJECTED, PackedBatch, StepCounts
+from pivot.batch import (
+    CHOSEN,
+    CHOSEN_TOKEN,
+    REFERENCE,
+    REJECTED,
+    ROLES,
+    SAMPLE,
+    TARGET_TOKEN,
+    PackedBatch,
+    StepCounts,
+)
 from pivot.objectives import Outcome
 from pivot.trees import Segments
 
@@ -24,7 +34,8 @@ class Pair:
 
     @property
     def counts(self) -> StepCounts:
-        return StepCounts(1, len(self.chosen), len(self.chosen) + len(self.rejected))
+        chosen = len(self.chosen)
+        return StepCounts({SAMPLE: 1, CHOSEN_TOKEN: chosen, TARGET_TOKEN: chosen + len(self.rejected)})
 
 
 def random_pairs(num_pairs: int, seed: int = 0) -> list[Pair]:
@@ -38,10 +49,11 @@ def random_pairs(num_pairs: int, seed: int = 0) -> list[Pair]:
     return pairs
 
 
-def batch_of(pairs: list[Pair], roles: tuple[str, ...] = (CHOSEN, REJECTED)) -> tuple[Tensor, PackedBatch, Tensor]:
-    """(token_logps float32[N] that wants a gradient, the batch, reference float32[C])."""
+def batch_of(pairs: list[Pair], roles: tuple[str, ...] = (CHOSEN, REJECTED)) -> tuple[Tensor, PackedBatch]:
+    """(token_logps float32[N] that wants a gradient, the batch with its reference values)."""
     completions = [pair.chosen if role == CHOSEN else pair.rejected for pair in pairs for role in roles]
     lengths = torch.tensor([len(logps) for logps in completions])
+    reference = [pair.reference[(CHOSEN, REJECTED).index(role)] for pair in pairs for role in roles]
     width = len(roles)
     num_targets = int(lengths.sum())
     batch = PackedBatch(
@@ -54,17 +66,18 @@ def batch_of(pairs: list[Pair], roles: tuple[str, ...] = (CHOSEN, REJECTED)) -> 
         target_positions=torch.zeros(num_targets, dtype=torch.int64),
         target_ids=torch.zeros(num_targets, dtype=torch.int64),
         target_completion=torch.repeat_interleave(torch.arange(len(completions)), lengths),
-        by_role={role: torch.arange(len(pairs)) * width + i for i, role in enumerate(roles)},
+        role=torch.tensor([ROLES.index(role) for role in roles]).repeat(len(pairs)),
+        group=torch.arange(len(pairs)).repeat_interleave(width),
         completion_tokens=lengths,
         completion_weight=torch.tensor([pair.weight for pair in pairs for _ in roles]),
         sample_index=torch.arange(len(pairs)),
+        completion_values={REFERENCE: torch.tensor(reference, dtype=torch.float32)},
     )
-    reference = torch.tensor([pair.reference[i] for pair in pairs for i in range(width)], dtype=torch.float32)
-    return torch.cat(completions).requires_grad_(), batch, reference
+    return torch.cat(completions).requires_grad_(), batch
 
 
 def step_counts(pairs: list[Pair]) -> StepCounts:
-    return sum((pair.counts for pair in pairs), StepCounts(0, 0, 0))
+    return sum((pair.counts for pair in pairs), StepCounts())
 
 
 def step_loss(outcome: Outcome, counts: StepCounts) -> Tensor:

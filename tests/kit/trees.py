@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import CHOSEN, REJECTED, PackedBatch
+from pivot.batch import PackedBatch
 from pivot.trees import Segments
 
 IMAGE_SIZE = 32
@@ -36,10 +36,6 @@ def build_batch(
         positions += (first + own)[:-1]
         targets += token_ids[leaf] if first else token_ids[leaf][1:]
         completion += [order] * (len(token_ids[leaf]) - (not first))
-    num_pairs = max(1, len(leaves) // 2)
-    by_role = {CHOSEN: torch.arange(num_pairs) * 2, REJECTED: torch.arange(num_pairs) * 2 + 1}
-    if len(leaves) == 1:
-        by_role = {CHOSEN: torch.tensor([0])}
     image_positions = (flat == image_token_id).nonzero()[:, 0]
     if pixel_values is None:
         shape = (max(1, num_images), 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -55,10 +51,11 @@ def build_batch(
         target_positions=torch.tensor(positions),
         target_ids=torch.tensor(targets),
         target_completion=torch.tensor(completion),
-        by_role=by_role,
+        role=torch.arange(len(leaves)) % 2,  # chosen, rejected, ...
+        group=torch.arange(len(leaves)) // 2,
         completion_tokens=torch.bincount(torch.tensor(completion), minlength=len(leaves)),
         completion_weight=torch.ones(len(leaves)),
-        sample_index=torch.arange(num_pairs),
+        sample_index=torch.arange(-(-len(leaves) // 2)),
     )
 
 

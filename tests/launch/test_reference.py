@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.command import main
+from launch.command import main, make_references
 from pivot.config import REPOSITORY
 from pivot.config_load import load_config
 from pivot.data import reference_cache as reference
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, *overrides: str) -> int:
-    return main("dpo", [str(folder / "run.yaml"), *overrides], script="reference")
+    return main("dpo", [str(folder / "run.yaml"), *overrides], task=make_references, script="reference")
 
 
 def files(cache: Path) -> list[Path]:

@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from pivot.batch import PackedBatch
-from pivot.data.collate import Example, collate
+from pivot.data.collate import Completion, Example, collate
 from pivot.encoders.facts import ImageGeometry
 from pivot.models.mllm import MLLM
-from pivot.processor import EncodedPair
 from tests.kit.ranks.scenarios import build_plain, merge, pair
 from tests.kit.tiny import tiny_llava
 from tests.kit.trees import build_batch, random_segments, unroll
@@ -129,8 +128,8 @@ def _four_pairs_about_one_image(image_token_id: int) -> list[Example]:
     for number, image in enumerate((0, 0, 1, 0, 0)):
         question, chosen, rejected = random_segments([3 + number, 4, 6 - number], seed=number)
         prompt = np.array([5, *[image_token_id] * 16, *question])
-        encoded = EncodedPair(prompt, {"chosen": np.array(chosen), "rejected": np.array(rejected)}, 1)
-        examples.append(Example(number, encoded, [pixels[image]], [str(image)]))
+        completions = [Completion("chosen", np.array(chosen)), Completion("rejected", np.array(rejected))]
+        examples.append(Example(number, prompt, completions, [pixels[image]], [str(image)]))
     return examples
 
 
@@ -141,15 +140,51 @@ def test_image_trees_change_nothing_but_the_work(tmp_path: Path) -> None:
     geometry = ImageGeometry(size=32, num_tokens=16, mean=(0.5,) * 3, std=(0.5,) * 3, fit="squash")
     rows = {}
     for trees in (False, True):
-        rows[trees] = collate(
-            _four_pairs_about_one_image(image), ("chosen", "rejected"), geometry, image, image_trees=trees
-        )
+        rows[trees] = collate(_four_pairs_about_one_image(image), geometry, image, image_trees=trees)
     assert rows[False].num_tokens - rows[True].num_tokens == 2 * 17  # the prefix of the second, and of the last pair
     alone, expected = _logps_and_gradients(model, [rows[False]])
     together, found = _logps_and_gradients(model, [rows[True]])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     whole = torch.stack([grad.norm() for grad in expected.values()]).norm()
     assert all(float((found[name] - grad).norm() / whole) < 1e-5 for name, grad in expected.items())
+
+
+GROUP = {"seen": (2, [3, 1, 5, 4]), "text alone": (0, [2, 6, 3])}
+
+
+@pytest.mark.parametrize("case", GROUP)
+def test_completions_of_one_prompt_equal_rows_of_their_own(case: str, tmp_path: Path) -> None:
+    """Some answers behind one prompt and its images, and a lone rejected one beside them, against a row for each.
+
+    Log-probs to 1e-5, and the gradient of a weighted sum of them to 1e-5 of its norm, the encoder's among it.
+    """
+    tiny_llava(tmp_path)
+    model, image = build_plain(tmp_path)
+    geometry = ImageGeometry(size=32, num_tokens=16, mean=(0.5,) * 3, std=(0.5,) * 3, fit="squash")
+    num_images, lengths = GROUP[case]
+    pixels = list(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)))
+    prompt, *answers, other, wrong = map(np.array, random_segments([4, *lengths, 3, 5], seed=7))
+    prompt = np.concatenate([[5], [image] * 16 * num_images, prompt]).astype(np.int64)
+    shown = {"pixels": pixels[:num_images], "image_ids": ["a", "b"][:num_images]}
+    group = [Completion("completion", ids) for ids in answers]
+    lone = Example(1, other, [Completion("rejected", wrong)])
+    together = collate([Example(0, prompt, group, **shown), lone], geometry, image)
+    apart = [collate([Example(0, prompt, [answer], **shown)], geometry, image) for answer in group]
+    apart.append(collate([lone], geometry, image))
+    assert sum(row.num_tokens for row in apart) - together.num_tokens == (len(group) - 1) * len(prompt)
+
+    values = torch.randn(len(lengths) + 1, generator=torch.Generator().manual_seed(2))
+    results = []
+    for rows, weights in (([together], [values]), (apart, list(values[:, None]))):
+        model.zero_grad()
+        logps = [row.completion_logps(model(row)) for row in rows]
+        sum((own * weight).sum() for own, weight in zip(logps, weights, strict=True)).backward()
+        results.append((torch.cat(logps).detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (found, gradients), (expected, wanted) = results
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    whole = torch.stack([grad.norm() for grad in wanted.values()]).norm()
+    assert all(float((gradients[name] - grad).norm() / whole) < 1e-5 for name, grad in wanted.items())
+    assert bool(wanted["projector.linear_1.weight"].any()) == bool(num_images)
 
 
 def test_dropout_is_off(tmp_path: Path) -> None:

@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from pivot.objectives.losses import LOSSES, READ_BY, REFERENCE_FREE, LossOptions, NumTokens
+from pivot.objectives.losses import LOSSES, REFERENCE_FREE, NumTokens, options_of
 from tests.kit.trl_losses import trl_loss
 
 NUM_PAIRS = 64
-OPTIONS = LossOptions(beta=0.3, label_smoothing=0.15, simpo_gamma=0.7, bco_shift=0.4)
+DEFAULTS = {"beta": 0.1, "label_smoothing": 0.0, "simpo_gamma": 0.5, "bco_shift": 0.0}
+OPTIONS = {"beta": 0.3, "label_smoothing": 0.15, "simpo_gamma": 0.7, "bco_shift": 0.4}
+
+
+def evaluate(name: str, scores: list[torch.Tensor], num_tokens: NumTokens, **options: float) -> torch.Tensor:
+    """A loss with those of the options that it takes, the others at their defaults."""
+    loss, known = LOSSES[name], DEFAULTS | options
+    return loss(*scores, num_tokens, **{option: known[option] for option in options_of(loss)})
 
 
 def random_scores(seed: int = 0) -> tuple[list[torch.Tensor], NumTokens]:
@@ -26,7 +33,7 @@ def random_scores(seed: int = 0) -> tuple[list[torch.Tensor], NumTokens]:
     return scores, NumTokens(*torch.from_numpy(lengths))
 
 
-def oracle(name: str, scores: list[torch.Tensor], num_tokens: NumTokens, o: LossOptions) -> np.ndarray:
+def oracle(name: str, scores: list[torch.Tensor], num_tokens: NumTokens, **options: float) -> np.ndarray:
     """Each loss in float64 by the probability that its paper writes down, not by logsigmoid."""
     pw, pl, rw, rl = (score.numpy().astype(np.float64) for score in scores)
     nw, nl = (n.numpy().astype(np.float64) for n in num_tokens)
@@ -34,6 +41,7 @@ def oracle(name: str, scores: list[torch.Tensor], num_tokens: NumTokens, o: Loss
     def nll(logit: np.ndarray) -> np.ndarray:  # -log(1 / (1 + exp(-logit)))
         return np.logaddexp(0.0, -logit)
 
+    o = SimpleNamespace(**(DEFAULTS | options))
     e = o.label_smoothing
     h = pw - pl - (rw - rl)
     return {
@@ -49,24 +57,24 @@ def oracle(name: str, scores: list[torch.Tensor], num_tokens: NumTokens, o: Loss
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_papers_equation(name):
     """2e-6: ten times the 2e-7 measured here, which is float32's own rounding."""
-    for options in (LossOptions(), OPTIONS):
+    for options in (DEFAULTS, OPTIONS):
         scores, num_tokens = random_scores()
-        found = LOSSES[name](*scores, num_tokens, options)
+        found = evaluate(name, scores, num_tokens, **options)
         assert found.shape == (NUM_PAIRS,) and found.dtype == torch.float32
-        np.testing.assert_allclose(found, oracle(name, scores, num_tokens, options), rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(found, oracle(name, scores, num_tokens, **options), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_equals_a_central_difference_of_the_oracle(name):
     scores, num_tokens = random_scores(seed=1)
     wanted = [score.double().requires_grad_() for score in scores]
-    LOSSES[name](*wanted, num_tokens, OPTIONS).sum().backward()
+    evaluate(name, wanted, num_tokens, **OPTIONS).sum().backward()
     step = 1e-4
     for i, score in enumerate(wanted):
         up, down = ([s.double() + sign * step * (i == j) for j, s in enumerate(scores)] for sign in (1, -1))
-        slope = (oracle(name, up, num_tokens, OPTIONS) - oracle(name, down, num_tokens, OPTIONS)) / (2 * step)
+        slope = (oracle(name, up, num_tokens, **OPTIONS) - oracle(name, down, num_tokens, **OPTIONS)) / (2 * step)
         gradient = torch.zeros(NUM_PAIRS) if score.grad is None else score.grad
-        near_kink = np.abs(oracle("hinge", scores, num_tokens, OPTIONS)) < 1e-3 if name == "hinge" else False
+        near_kink = np.abs(oracle("hinge", scores, num_tokens, **OPTIONS)) < 1e-3 if name == "hinge" else False
         np.testing.assert_allclose(np.where(near_kink, slope, gradient), slope, rtol=1e-5, atol=1e-5)
 
 
@@ -75,7 +83,7 @@ def test_descent_raises_chosen_and_lowers_rejected(name):
     """At the reference every loss pushes the pair apart; a loss without a reference has no gradient to it."""
     scores = [torch.tensor([-7.0, -3.0], requires_grad=True) for _ in range(4)]
     num_tokens = NumTokens(torch.tensor([3, 2]), torch.tensor([3, 2]))
-    LOSSES[name](*scores, num_tokens, LossOptions(label_smoothing=0.1)).sum().backward()
+    evaluate(name, scores, num_tokens, label_smoothing=0.1).sum().backward()
     policy_chosen, policy_rejected, ref_chosen, _ = (score.grad for score in scores)
     assert (policy_chosen < 0).all() and (policy_rejected > 0).all()
     assert (ref_chosen is None) == (name in REFERENCE_FREE)
@@ -89,7 +97,6 @@ def test_value_at_the_reference(name):
     """
     scores = [torch.full((3,), -11.0)] * 4
     num_tokens = NumTokens(torch.full((3,), 5), torch.full((3,), 5))
-    options = LossOptions(beta=0.1, label_smoothing=0.2 if name in READ_BY["label_smoothing"] else 0.0)
     expected = {
         "sigmoid": math.log(2),
         "robust": math.log(2),
@@ -98,7 +105,7 @@ def test_value_at_the_reference(name):
         "bco_pair": 2 * math.log(2),
         "simpo": 0.974077,
     }[name]
-    torch.testing.assert_close(LOSSES[name](*scores, num_tokens, options), torch.full((3,), expected))
+    torch.testing.assert_close(evaluate(name, scores, num_tokens, label_smoothing=0.2), torch.full((3,), expected))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -107,7 +114,7 @@ def test_stays_finite_far_away(name, distance):
     """A margin of 2e4 nats: exp(2000) overflows where a loss is not written with care."""
     chosen, rejected = (torch.tensor([sign * distance], requires_grad=True) for sign in (1, -1))
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.int64)
-    loss = LOSSES[name](chosen, rejected, zero, zero, NumTokens(one, one), OPTIONS)
+    loss = evaluate(name, [chosen, rejected, zero, zero], NumTokens(one, one), **OPTIONS)
     loss.sum().backward()
     assert all(torch.isfinite(x).all() for x in (loss, chosen.grad, rejected.grad))
 
@@ -116,8 +123,8 @@ def test_conservative_dpo_is_lowest_at_the_log_odds_of_the_labels():
     """e = 0.2: d/dm of -(0.8 log s(m) + 0.2 log s(-m)) is s(m) - 0.8, zero at m = log(0.8 / 0.2)."""
     margin = torch.tensor([math.log(4.0)], dtype=torch.float64, requires_grad=True)
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.int64)
-    options = LossOptions(beta=1.0, label_smoothing=0.2)
-    LOSSES["sigmoid"](margin, zero, zero, zero, NumTokens(one, one), options).sum().backward()
+    scores = [margin, zero, zero, zero]
+    evaluate("sigmoid", scores, NumTokens(one, one), beta=1.0, label_smoothing=0.2).sum().backward()
     assert abs(margin.grad.item()) < 1e-12
 
 
@@ -125,12 +132,9 @@ def test_robust_loss_is_unbiased_under_flipped_labels():
     """(1 - e) robust(w, l) + e robust(l, w) = clean loss of (w, l)."""
     (pw, pl, rw, rl), num_tokens = random_scores(seed=2)
     e = 0.2
-    options = LossOptions(label_smoothing=e)
-    observed = (1 - e) * LOSSES["robust"](pw, pl, rw, rl, num_tokens, options)
-    observed += e * LOSSES["robust"](pl, pw, rl, rw, NumTokens(*num_tokens[::-1]), options)
-    torch.testing.assert_close(
-        observed, LOSSES["sigmoid"](pw, pl, rw, rl, num_tokens, LossOptions()), rtol=1e-4, atol=1e-4
-    )
+    observed = (1 - e) * evaluate("robust", [pw, pl, rw, rl], num_tokens, label_smoothing=e)
+    observed += e * evaluate("robust", [pl, pw, rl, rw], NumTokens(*num_tokens[::-1]), label_smoothing=e)
+    torch.testing.assert_close(observed, evaluate("sigmoid", [pw, pl, rw, rl], num_tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "robust", "bco_pair"])
@@ -141,8 +145,7 @@ def test_equals_trl(name):
     """
     scores, lengths = random_scores(seed=3)
     smoothing = 0.15 if name == "robust" else 0.0
-    options = LossOptions(beta=0.1, label_smoothing=smoothing)
-    ours = LOSSES[name](*scores, lengths, options).mean()
+    ours = evaluate(name, scores, lengths, beta=0.1, label_smoothing=smoothing).mean()
     theirs, _ = trl_loss({name: 1.0}, scores, lengths, beta=0.1, smoothing=smoothing)
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
 
@@ -151,7 +154,7 @@ def test_ipo_is_the_papers_and_equals_trls_for_single_tokens():
     """We differ on purpose: TRL divides log ratios by the completion's length, the paper's eq. 17 does not."""
     scores, lengths = random_scores(seed=4)
     single = NumTokens(torch.ones(NUM_PAIRS, dtype=torch.int64), torch.ones(NUM_PAIRS, dtype=torch.int64))
-    ours = LOSSES["ipo"](*scores, single, LossOptions(beta=0.1)).mean()
+    ours = evaluate("ipo", scores, single, beta=0.1).mean()
     torch.testing.assert_close(ours, trl_loss({"ipo": 1.0}, scores, single, beta=0.1)[0], rtol=1e-5, atol=0)
     assert not torch.isclose(ours, trl_loss({"ipo": 1.0}, scores, lengths, beta=0.1)[0], rtol=0.1)
 
@@ -169,5 +172,5 @@ def test_simpo_equals_trls_cpo_trainer():
         accelerator=SimpleNamespace(device="cpu"),
     )
     theirs, _, _ = trainer_module.CPOTrainer.cpo_loss(stub, scores[0] / lengths.chosen, scores[1] / lengths.rejected)
-    ours = LOSSES["simpo"](*scores, lengths, LossOptions(beta=2.0, simpo_gamma=0.7))
+    ours = evaluate("simpo", scores, lengths, beta=2.0, simpo_gamma=0.7)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

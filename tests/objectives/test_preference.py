@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
+from pivot.batch import CHOSEN, COMPLETION, REFERENCE, REJECTED, ROLES, SAMPLE
 from pivot.config import DPOConfig, ObjectiveConfig, SFTConfig
-from pivot.objectives import PreferenceObjective, SFTObjective, build_objective
-from pivot.objectives.losses import LOSSES, LossOptions, NumTokens
+from pivot.objectives import OBJECTIVES, PreferenceObjective, SFTObjective, build_objective
+from pivot.objectives.losses import LOSSES, NumTokens
 from tests.kit.pairs import Pair, batch_of, random_pairs, step_counts, step_loss, step_metrics
 from tests.kit.trl_losses import trl_loss
 
@@ -24,8 +25,8 @@ def build(loss, **options) -> PreferenceObjective:
 
 def run(objective, pairs, counts):
     """(loss, metrics, gradient of each completion's log-probs) of one micro-batch within a step of `counts`."""
-    token_logps, batch, reference = batch_of(pairs)
-    outcome = objective(token_logps, batch, reference if objective.needs_reference else None)
+    token_logps, batch = batch_of(pairs)
+    outcome = objective(token_logps, batch)
     loss = step_loss(outcome, counts)
     loss.backward()
     return loss.detach(), step_metrics(outcome, counts), token_logps.grad
@@ -75,8 +76,9 @@ def test_a_batch_of_a_dummy_alone_gives_zero_and_a_gradient():
 def test_at_the_reference_the_loss_is_ln_2_and_the_margins_are_zero():
     """Exactly, when both add up the same log-probs in the same order."""
     pairs = random_pairs(5)
-    token_logps, batch, _ = batch_of(pairs)
-    outcome = build("sigmoid")(token_logps, batch, batch.completion_logps(token_logps.detach()))
+    token_logps, batch = batch_of(pairs)
+    batch.completion_values[REFERENCE] = batch.completion_logps(token_logps.detach())
+    outcome = build("sigmoid")(token_logps, batch)
     metrics = step_metrics(outcome, step_counts(pairs))
     assert step_loss(outcome, step_counts(pairs)).item() == pytest.approx(math.log(2), abs=1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
@@ -139,20 +141,21 @@ def test_reference_free_losses_need_no_reference_and_show_mean_log_probs(loss):
 def test_bco_running_mean_is_the_mean_reward_of_all_steps_and_survives_a_restart():
     """Rewards 1 and 3, then 0 and 2: step means 2 and 1, so the shift is 0, then 2, then 1.5."""
     objective = build(MPO, bco_shift="running_mean")
-    assert objective.metrics_every_step and objective.options.bco_shift == 0
+    assert objective.metrics_every_step and objective.bco_shift == 0
     objective.after_step({"rewards/chosen": 1.0, "rewards/rejected": 3.0})
-    assert objective.options.bco_shift == 2
+    assert objective.bco_shift == 2
     resumed = build(MPO, bco_shift="running_mean")
     resumed.load_state_dict(objective.state_dict())
     resumed.after_step({"rewards/chosen": 0.0, "rewards/rejected": 2.0})
-    assert resumed.options.bco_shift == 1.5
+    assert resumed.bco_shift == 1.5
 
     pairs = random_pairs(3)
     _, metrics, _ = run(resumed, pairs, step_counts(pairs))
-    _, batch, reference = batch_of(pairs)
+    _, batch = batch_of(pairs)
+    reference = batch.completion_values[REFERENCE]
     policy = batch.completion_logps(torch.cat([logps for p in pairs for logps in (p.chosen, p.rejected)]))
-    options = LossOptions(beta=0.1, bco_shift=1.5)
-    wanted = LOSSES["bco_pair"](policy[0::2], policy[1::2], reference[0::2], reference[1::2], None, options)
+    scores = policy[0::2], policy[1::2], reference[0::2], reference[1::2]
+    wanted = LOSSES["bco_pair"](*scores, None, beta=0.1, bco_shift=1.5)
     assert metrics["loss/bco_pair"] == pytest.approx(wanted.mean().item(), rel=1e-6)
 
 
@@ -198,3 +201,49 @@ def test_build_objective_follows_the_section():
     assert isinstance(build_objective(ObjectiveConfig(sft=SFTConfig())), SFTObjective)
     with pytest.raises(ValueError, match="objective: none is given"):
         build_objective(ObjectiveConfig())
+
+
+def test_every_section_has_an_objective_that_bears_its_name():
+    """The config cannot import the objectives, so this holds the two lists together."""
+    sections = {spec.name for spec in dataclasses.fields(ObjectiveConfig)}
+    assert {name: objective.name for name, objective in OBJECTIVES.items()} == {name: name for name in sections}
+
+
+@pytest.mark.parametrize(
+    ("section", "scale", "folder"),
+    [
+        (DPOConfig(beta=0.3), 0.3, None),
+        (DPOConfig(loss=MPO, reference="runs/sft/export"), 0.1, "runs/sft/export"),
+        (DPOConfig(loss="simpo"), None, None),
+    ],
+    ids=str,
+)
+def test_what_a_start_asks_of_an_objective(section, scale, folder):
+    """Whose reference, and how large its margins are: nobody else reads the section for it."""
+    objective = build_objective(ObjectiveConfig(dpo=section))
+    assert (objective.needs_reference, objective.margin_scale) == (scale is not None, scale)
+    assert objective.reference_folder == folder and objective.roles == (CHOSEN, REJECTED)
+
+
+@pytest.mark.parametrize("loss", MIXES, ids=str)
+def test_completions_without_a_partner_are_no_pairs(loss):
+    """A chosen and a rejected completion of two samples, and two of one prompt, lie in the batch and change nothing."""
+    pairs = random_pairs(4)
+    counts, objective = step_counts(pairs), build(loss)
+    token_logps, batch = batch_of(pairs)
+    wanted = objective(token_logps, batch)
+    roles = (CHOSEN, REJECTED, COMPLETION, COMPLETION)
+    extended = dataclasses.replace(
+        batch,
+        role=torch.cat([batch.role, torch.tensor([ROLES.index(role) for role in roles])]),
+        group=torch.cat([batch.group, torch.tensor([4, 5, 6, 6])]),
+        completion_tokens=torch.cat([batch.completion_tokens, torch.ones(4, dtype=torch.int64)]),
+        completion_weight=torch.cat([batch.completion_weight, torch.ones(4)]),
+        sample_index=torch.arange(7),
+        target_completion=torch.cat([batch.target_completion, torch.arange(8, 12)]),
+        completion_values={REFERENCE: torch.cat([batch.completion_values[REFERENCE], torch.full((4,), math.nan)])},
+    )
+    found = objective(torch.cat([token_logps, torch.full((4,), math.nan)]), extended)
+    assert step_loss(found, counts).equal(step_loss(wanted, counts))
+    assert step_metrics(found, counts) == step_metrics(wanted, counts)
+    assert extended.counts()[SAMPLE] == 7 and len(extended.pairs.chosen) == 4

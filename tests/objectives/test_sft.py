@@ -7,19 +7,20 @@ import math
 import pytest
 import torch
 
-from pivot.batch import CHOSEN, StepCounts
+from pivot.batch import CHOSEN, CHOSEN_TOKEN, SAMPLE, TARGET_TOKEN, StepCounts
+from pivot.config import SFTConfig
 from pivot.objectives import SFTObjective
 from tests.kit.pairs import Pair, batch_of, random_pairs, step_loss, step_metrics
 
 
 def sft_counts(pairs: list[Pair]) -> StepCounts:
     tokens = sum(len(pair.chosen) for pair in pairs)
-    return StepCounts(len(pairs), tokens, tokens)
+    return StepCounts({SAMPLE: len(pairs), CHOSEN_TOKEN: tokens, TARGET_TOKEN: tokens})
 
 
 def run(pairs, counts):
-    token_logps, batch, _ = batch_of(pairs, roles=(CHOSEN,))
-    outcome = SFTObjective()(token_logps, batch, None)
+    token_logps, batch = batch_of(pairs, roles=(CHOSEN,))
+    outcome = SFTObjective(SFTConfig())(token_logps, batch)
     loss = step_loss(outcome, counts)
     loss.backward()
     return loss.detach(), step_metrics(outcome, counts), token_logps.grad
@@ -55,7 +56,9 @@ def test_a_masked_sample_adds_exactly_zero(bad):
 
 
 def test_counts_add_up_and_never_divide_by_zero():
-    total = StepCounts(1, 2, 5) + StepCounts(2, 3, 4)
-    assert total == StepCounts(3, 5, 9)
-    assert total.denominator("target_token") == 9
-    assert StepCounts(0, 0, 0).denominator("pair") == 1
+    total = StepCounts({SAMPLE: 1, TARGET_TOKEN: 5}) + StepCounts({SAMPLE: 2, "image": 4})
+    assert total == StepCounts({SAMPLE: 3, TARGET_TOKEN: 5, "image": 4})
+    assert total.denominator(TARGET_TOKEN) == 5
+    assert StepCounts({SAMPLE: 0}).denominator(SAMPLE) == 1
+    with pytest.raises(KeyError):
+        total.denominator("chosen_tokens")  # a unit that the source does not count is a mistake, not a 1

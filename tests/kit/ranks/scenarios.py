@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from pivot.batch import PackedBatch, StepCounts
+from pivot.batch import REFERENCE, SAMPLE, PackedBatch, StepCounts
 from pivot.config import REPOSITORY, ComponentOptimConfig, Config, DPOConfig, ObjectiveConfig, OptimConfig
 from pivot.config_check import read_deepspeed_json
 from pivot.engine import Engine, build_deepspeed_config, gathered, sharded_loading
@@ -119,8 +119,9 @@ def run_step(
 
 def _loss(model: Callable[[PackedBatch], Tensor], row: PackedBatch, num_pairs: int) -> Tensor:
     objective = build_objective(ObjectiveConfig(dpo=DPOConfig()))
-    counts = StepCounts(pair=num_pairs, chosen_token=1, target_token=1)
-    outcome = objective(model(row), row, -5.0 * row.completion_tokens.float())
+    counts = StepCounts({SAMPLE: num_pairs})
+    row.completion_values[REFERENCE] = -5.0 * row.completion_tokens.float()
+    outcome = objective(model(row), row)
     return sum(weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values())
 
 
