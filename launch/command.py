@@ -37,10 +37,26 @@ Task = Callable[["Config", bool], int]  # a run's settings, and whether they sha
 
 
 def train(config: Config, check_only: bool) -> int:
-    """Train to the end, or until a signal."""
+    """Train to the end, with its report, or until a signal."""
     from pivot import train as training
 
-    return AGAIN if training.train(config, check_only=check_only) == training.PREEMPTED else OK
+    if training.train(config, check_only=check_only) == training.PREEMPTED:
+        return AGAIN
+    if not check_only and os.environ.get("RANK", "0") == "0":
+        write_report(config.output_dir)
+    return OK
+
+
+def write_report(folder: str) -> None:
+    """Write the page for people. A failure is only said: the run and its export are whole."""
+    from pivot.system.redact import tell
+
+    try:
+        from pivot import report  # here, so that training needs nothing that only draws
+
+        tell(f"report     {report.write_report(folder)}")
+    except Exception as error:
+        tell(f"no report ({type(error).__name__}: {error}); try python launch/report.py {folder}")
 
 
 def make_references(config: Config, check_only: bool) -> int:
@@ -87,15 +103,15 @@ def main(objective: str, arguments: list[str], *, task: Task = train, script: st
         return OK
     unknown = flags - {"--check", "--print-config"}
     if not words or unknown:
-        found = f"unknown flag {min(unknown)}" if unknown else "no CONFIG was given"
-        print(f"error: {found}\n{USAGE.format(script=script)}", file=sys.stderr)
+        mistake = f"unknown flag {min(unknown)}" if unknown else "no CONFIG was given"
+        print(f"error: {mistake}\n{USAGE.format(script=script)}", file=sys.stderr)
         return USAGE_ERROR
     from pivot.config_load import load_config, to_yaml  # here, so that --help needs nothing installed
 
     try:
         config = load_config(words[0], words[1:], objective)
     except Exception as error:
-        return report(error)
+        return tell_error(error)
     if "--print-config" in flags:
         print(to_yaml(config), end="")
         return OK
@@ -108,14 +124,14 @@ def _run(task: Task, config: Config, check_only: bool) -> int:
     try:
         code = task(config, check_only)
     except Exception as error:
-        code = report(error)
+        code = tell_error(error)
     except KeyboardInterrupt:  # before training remembers signals: there is nothing to save yet
         code = INTERRUPTED
     distributed.stop(code)
     return code
 
 
-def report(error: Exception) -> int:
+def tell_error(error: Exception) -> int:
     """Print `error`, as one sentence where it is our own word to the user and with its traceback elsewhere."""
     from pivot.system.sentences import in_our_words
 

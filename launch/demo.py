@@ -9,16 +9,20 @@ GOAL is sft or dpo, NAME is align, sft or dpo. SEED and NPROC are read from the 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stopping import run_until_stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pivot.evaluate.task import Measure
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FOLDER = "runs/demo"  # what the YAMLs say
@@ -113,18 +117,18 @@ def has_gpu() -> bool:
 
 def _settings(name: str, folder: Path) -> list[str]:
     """What another folder or seed than the YAMLs' changes."""
-    found = []
+    settings = []
     if str(folder) != DEFAULT_FOLDER:
         sets = {"align": "captions", "sft": "questions", "dpo": "preference"}
-        found += [f"output_dir={folder}/{name}", f"data.train={folder}/data/{sets[name]}"]
-        found += [f"data.eval={folder}/data/eval"]
+        settings += [f"output_dir={folder}/{name}", f"data.train={folder}/data/{sets[name]}"]
+        settings += [f"data.eval={folder}/data/eval"]
         if name == "align":
-            found += [f"model.vision_tower.path={folder}/data/model/vision.json"]
-            found += [f"model.language_model.path={folder}/data/model/language/config.json"]
+            settings += [f"model.vision_tower.path={folder}/data/model/vision.json"]
+            settings += [f"model.language_model.path={folder}/data/model/language/config.json"]
         else:
-            found += [f"init_from={folder}/{'align' if name == 'sft' else 'sft'}/export"]
+            settings += [f"init_from={folder}/{'align' if name == 'sft' else 'sft'}/export"]
     seed = os.environ.get("SEED", "").strip()
-    return found + ([f"train.seed={seed}"] if seed not in ("", "0") else [])
+    return settings + ([f"train.seed={seed}"] if seed not in ("", "0") else [])
 
 
 def _read_status(run: Path) -> str | None:
@@ -140,26 +144,25 @@ def is_done(folder: Path, name: str) -> bool:
 
 # -- what came out -------------------------------------------------------------------------------------------------
 
-COLUMNS = ("preference accuracy", "VQA accuracy", "reward accuracy", "reward margin", "seconds")
-
 
 def table(goal: str, folder: Path) -> int:
     """Accuracies on held-out scenes, untrained and after each stage, and where to go from here."""
+    from pivot.evaluate.tasks import compared_measures, titled_measures
+
+    measures = titled_measures()
     rows: list[tuple[str, dict[str, Any], float | None]]
     rows = [("untrained", _evaluation(folder / "align", first=True), None)]
     rows += [(f"after {name}", _evaluation(folder / name), _seconds(folder, name)) for name in CHAINS[goal]]
     last = rows[-1][1]
     print(f"\nHeld out: {last.get('eval/num_questions', 0):.0f} questions about scenes that were in no training set")
-    print(f"{'':<18}" + "".join(f"{column:>24}" for column in COLUMNS))
-    blind = last.get("eval/vqa_accuracy_blind")
-    if blind is not None:
-        print(_line("without looking", ["0.500", f"{blind:.3f}", "", "", ""]))
-    for name, found, seconds in rows:
-        cells = [_share(found, "eval/preference_accuracy"), _share(found, "eval/vqa_accuracy")]
-        cells += [_number(found, "eval/rewards/accuracies"), _number(found, "eval/rewards/margins")]
+    print(f"{'':<18}" + "".join(f"{column:>24}" for column in [*(measure.column for measure in measures), "seconds"]))
+    if any(f"{measure.key}_blind" in last for measure in measures):
+        print(_line("without looking", [_blind(last, measure) for measure in measures]))
+    for name, evaluation, seconds in rows:
+        cells = [_cell(evaluation, measure) for measure in measures]
         print(_line(name, [*cells, "" if seconds is None else f"{seconds:.0f}"]))
         if name == "after dpo":
-            print(_line("  less sft", _changes(folder)))
+            print(_line("  less sft", _changes(folder, compared_measures())))
     print("\n[..] is the 95 % interval over scenes. Without looking: the best fixed answer to each kind of question.")
     if goal == "dpo":
         print("Less sft: what DPO changed, question by question; beyond noise where the interval leaves out 0.")
@@ -171,47 +174,47 @@ def _line(name: str, cells: list[str]) -> str:
     return (f"{name:<18}" + "".join(f"{cell:>24}" for cell in cells)).rstrip()
 
 
-def _share(found: dict[str, Any], name: str) -> str:
-    interval = found.get("intervals", {}).get(name)
-    if interval is None:
-        return _number(found, name)
-    value, low, high = interval
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def _cell(evaluation: dict[str, Any], measure: Measure) -> str:
+    """The number in an evaluation's row of the log, with its interval where models are compared by it."""
+    from pivot.evaluate.intervals import Interval, share_text
 
-
-def _number(found: dict[str, Any], name: str) -> str:
-    value = found.get(name)
+    value, interval = evaluation.get(measure.key), evaluation.get("intervals", {}).get(measure.key)
+    if interval is not None and not measure.own_reference:
+        return share_text(Interval(*interval))
     return "" if value is None else f"{value:.3f}"
 
 
-def _changes(folder: Path) -> list[str]:
-    """DPO's preference and VQA accuracy less SFT's, paired over the held-out samples."""
-    from pivot.evaluate.outcomes import PREFERENCE, VQA, compare, read_outcomes
+def _blind(evaluation: dict[str, Any], measure: Measure) -> str:
+    """What can be had without looking at the image, where that is known."""
+    blind = None if measure.own_reference else evaluation.get(f"{measure.key}_blind", measure.chance)
+    return "" if blind is None else f"{blind:.3f}"
+
+
+def _changes(folder: Path, measures: Sequence[Measure]) -> list[str]:
+    """What DPO changed in each measure after SFT, paired over the held-out samples."""
+    from pivot.evaluate.intervals import change_text
+    from pivot.evaluate.outcomes import compare, read_outcomes
 
     runs = folder / "sft", folder / "dpo"
     before, after = (read_outcomes(run, _evaluation(run).get("step", 0)) for run in runs)
-    found = [compare(before, after, metric) for metric in (PREFERENCE, VQA)]
-    return ["" if change is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*change) for change in found]
+    changes = [compare(before, after, measure.key) for measure in measures]
+    return ["" if change is None else change_text(change) for change in changes]
 
 
 def _evaluation(run: Path, *, first: bool = False) -> dict[str, Any]:
     """The log's last evaluation, or its first, {} where there is none."""
-    found = [row for row in _read_rows(run / "log.jsonl") if row.get("event") == "eval"]
-    return found[0 if first else -1] if found else {}
+    from pivot.system.files import read_json_lines
+
+    rows = [row for _, row in read_json_lines(run / "log.jsonl") if row is not None and row.get("event") == "eval"]
+    return rows[0 if first else -1] if rows else {}
 
 
 def _seconds(folder: Path, name: str) -> float | None:
     """All that a stage took, over its interruptions."""
-    return sum(row["seconds"] for row in _read_rows(folder / "times.jsonl") if row["stage"] == name) or None
+    from pivot.system.files import read_json_lines
 
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; one that a kill or a full disk cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    calls = [row for _, row in read_json_lines(folder / "times.jsonl") if row is not None and row.get("stage") == name]
+    return sum(call["seconds"] for call in calls) or None
 
 
 def _say_next(goal: str, folder: Path) -> None:

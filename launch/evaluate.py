@@ -15,14 +15,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import OK, report  # first: it makes pivot importable
+from command import OK, tell_error  # first: it makes pivot importable
 
 from pivot.system.process import leave
 from pivot.system.redact import tell
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from pivot.evaluate.evaluator import Evaluation
     from pivot.evaluate.intervals import Interval
+    from pivot.evaluate.task import Measure
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -49,11 +52,11 @@ def held_out(options: argparse.Namespace) -> dict[str, Any]:
     from pivot.evaluate.load import find_export
     from pivot.system import distributed
 
-    found = {name: find_export(folder) for name, folder in options.models.items()}
-    config = next((run for _, run in found.values() if run is not None), None)
+    exports = {name: find_export(folder) for name, folder in options.models.items()}
+    config = next((run for _, run in exports.values() if run is not None), None)
     world = distributed.start(600.0)
     try:
-        evaluations = {name: _evaluate(export, options, config, world) for name, (export, _) in found.items()}
+        evaluations = {name: _evaluate(export, options, config, world) for name, (export, _) in exports.items()}
     finally:
         distributed.stop()
     differences = _differences(evaluations)
@@ -62,7 +65,7 @@ def held_out(options: argparse.Namespace) -> dict[str, Any]:
         "data": options.data,
         "models": {
             name: {
-                "folder": str(found[name][0]),
+                "folder": str(exports[name][0]),
                 "metrics": evaluation.metrics,
                 "intervals": evaluation.intervals,
                 "skipped": evaluation.skipped,
@@ -97,7 +100,7 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
     warning = check_positions(loaded.model.language_model.config, max_tokens + max_new_tokens)
     for line in (*loaded.processor.notes, *([f"positions  {warning}"] if warning else ())):
         tell(line)
-    found = open_held_out(
+    data_set = open_held_out(
         options.data,
         loaded.processor,
         world,
@@ -109,7 +112,7 @@ def _evaluate(export: Path, options: argparse.Namespace, run: Any, world: Any) -
         say=tell,
     )
     return evaluate(
-        found,
+        data_set,
         loaded.processor,
         loaded.model,
         loaded.model,
@@ -125,37 +128,37 @@ def _cache_dir(data: str) -> Path:
 
 def _differences(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Interval]]:
     """metric -> model -> its paired difference from the first model."""
-    from pivot.evaluate.outcomes import PREFERENCE, VQA, compare
+    from pivot.evaluate.outcomes import compare
+    from pivot.evaluate.tasks import compared_measures
 
     (_, first), *others = evaluations.items()
-    found: dict[str, dict[str, Interval]] = {}
-    for metric in (PREFERENCE, VQA):
+    differences: dict[str, dict[str, Interval]] = {}
+    for measure in compared_measures():
         for name, evaluation in others:
-            interval = compare(first.outcomes, evaluation.outcomes, metric)
+            interval = compare(first.outcomes, evaluation.outcomes, measure.key)
             if interval is not None:
-                found.setdefault(metric, {})[name] = interval
-    return found
+                differences.setdefault(measure.key, {})[name] = interval
+    return differences
 
 
 def _print(evaluations: dict[str, Evaluation], differences: dict[str, dict[str, Interval]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pivot.evaluate.outcomes import PREFERENCE, VQA
+    from pivot.evaluate.tasks import measures_of_tasks_in
 
     console, first = Console(), next(iter(evaluations))
+    measured = {key for evaluation in evaluations.values() for key in (*evaluation.metrics, *evaluation.skipped)}
+    measures = measures_of_tasks_in(measured)
     table = Table(title="held out, with 95 % intervals", title_justify="left")
     table.add_column("model")
-    for title in ("preference accuracy", "per token", "VQA accuracy"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for measure in measures:
+        table.add_column(measure.column, justify="right", no_wrap=True)
     for name, evaluation in evaluations.items():
-        metrics, intervals = evaluation.metrics, evaluation.intervals
-        per_token = metrics.get(f"{PREFERENCE}_per_token")
-        shown = [_share(intervals.get(PREFERENCE)), "-" if per_token is None else f"{per_token:.3f}"]
-        table.add_row(name, *shown, _share(intervals.get(VQA)))
+        table.add_row(name, *(_cell(evaluation, measure) for measure in measures))
         if name != first:
-            change = {metric: _change(by_name.get(name)) for metric, by_name in differences.items()}
-            table.add_row(f"  less {first}", change.get(PREFERENCE, "-"), "", change.get(VQA, "-"), style="dim")
+            changes = [_change(measure, differences.get(measure.key, {}).get(name)) for measure in measures]
+            table.add_row(f"  less {first}", *changes, style="dim")
     console.print(table)
     some = evaluations[first]
     num_samples, num_questions = (some.metrics.get(f"eval/num_{name}", 0) for name in ("samples", "questions"))
@@ -164,23 +167,38 @@ def _print(evaluations: dict[str, Evaluation], differences: dict[str, dict[str, 
     tell(counts + reasons)
 
 
-def _share(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval.value:.3f} \\[{interval.low:.3f}, {interval.high:.3f}]"
+def _cell(evaluation: Evaluation, measure: Measure) -> Text:
+    """The number of a model, with its interval where it is a share."""
+    from rich.text import Text
+
+    from pivot.evaluate.intervals import share_text
+
+    value, interval = evaluation.metrics.get(measure.key), evaluation.intervals.get(measure.key)
+    if interval is not None:
+        return Text(share_text(interval))
+    return Text("-" if value is None else f"{value:.3f}")
 
 
-def _change(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval.value:+.3f} \\[{interval.low:+.3f}, {interval.high:+.3f}]"
+def _change(measure: Measure, change: Interval | None) -> Text:
+    """What a model changed; empty for what is never compared."""
+    from rich.text import Text
+
+    from pivot.evaluate.intervals import change_text
+
+    if change is not None:
+        return Text(change_text(change))
+    return Text("-" if measure.is_share else "")
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
-        found = held_out(options)
+        numbers = held_out(options)
         if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            options.json.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return OK
     except Exception as error:
-        return report(error)
+        return tell_error(error)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from command import OK, report
+from command import OK, tell_error
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         print(write_report(options.run, options.previous))
         return OK
     except Exception as error:
-        return report(error)
+        return tell_error(error)
 
 
 if __name__ == "__main__":

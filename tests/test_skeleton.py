@@ -78,6 +78,11 @@ def test_nothing_in_the_library_imports_train():
     assert not {module for module in importers("pivot.train") if inside(module, "pivot")}
 
 
+def test_training_does_not_draw_reports():
+    """A command writes the report when training is over: what only draws must not keep a run from starting."""
+    assert not {module for module in importers("pivot.report") if inside(module, "pivot") and ".report" not in module}
+
+
 @pytest.mark.parametrize("module", ["pivot.config", "pivot.objectives.losses"])
 def test_light_modules_stay_light(module):
     """Neither may pull in transformers or deepspeed, and the losses no OmegaConf either: they are torch alone."""

@@ -23,7 +23,7 @@ _PUNCTUATION = re.compile(r"(?<=\d)([.:])(?=\d)|[^\w\s]|_")
 def normalise_answer(text: str) -> str:
     """`The  two red Circles.` -> `2 red circles`."""
     text = _APOSTROPHES.sub("", _THOUSANDS.sub("", text.lower()))
-    text = _PUNCTUATION.sub(lambda found: found[1] or " ", text)
+    text = _PUNCTUATION.sub(lambda match: match[1] or " ", text)
     return " ".join(_DIGITS.get(word, word) for word in text.split() if word not in _ARTICLES)
 
 

@@ -59,8 +59,8 @@ class HeldOut:
         """
         kinds: dict[str | None, Counter[str]] = {}
         for question in self.questions:
-            found = {normalise_answer(answer) for answer in question.accepted}
-            kinds.setdefault(question.kind, Counter()).update(found)
+            answers = {normalise_answer(answer) for answer in question.accepted}
+            kinds.setdefault(question.kind, Counter()).update(answers)
         if not kinds or None in kinds:
             return None
         return sum(counter.most_common(1)[0][1] for counter in kinds.values()) / len(self.questions)

@@ -19,6 +19,16 @@ class Interval(NamedTuple):
     high: float
 
 
+def share_text(interval: Interval) -> str:
+    """`0.912 [0.900, 0.924]`."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
+
+
+def change_text(interval: Interval) -> str:
+    """`+0.050 [+0.007, +0.093]`: a difference, with its sign."""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval)
+
+
 def _cluster_variance(values: np.ndarray, groups: np.ndarray) -> float:
     """Variance of the mean of `values` when whole groups were drawn: the sum of squared group residuals over n^2."""
     _, group = np.unique(groups, return_inverse=True)

@@ -6,8 +6,8 @@ RUN/held_out/step-00000100.npz          per metric the outcomes, rows and groups
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,7 @@ import numpy as np
 
 from pivot.evaluate import intervals
 from pivot.evaluate.intervals import Interval
-
-PREFERENCE = "eval/preference_accuracy"
-VQA = "eval/vqa_accuracy"
-REWARDS = "eval/rewards/accuracies"
+from pivot.system.files import write_atomically
 
 # METRIC -> float64[samples] of 0, 1/2 or 1; METRIC/row -> int64, its row; METRIC/group -> uint64, equal for one image
 Outcomes = dict[str, np.ndarray]
@@ -42,13 +39,10 @@ def keep(answers: list[SampleAnswer], outcomes: Outcomes, folder: Path, step: in
     with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         for answer in answers:
             file.write(json.dumps({"step": step} | asdict(answer), ensure_ascii=False) + "\n")
-    path = outcomes_path(folder, step)
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        arrays: dict[str, Any] = {name.replace("/", ":"): values for name, values in outcomes.items()}
-        np.savez_compressed(file, **arrays)
-    part.replace(path)
+    arrays: dict[str, Any] = {name.replace("/", ":"): values for name, values in outcomes.items()}
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomically(outcomes_path(folder, step), content.getvalue())
 
 
 def outcomes_path(folder: Path, step: int) -> Path:

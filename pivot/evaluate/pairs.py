@@ -109,18 +109,3 @@ class Terms:
         }
         loss = sum(weight * means[name] for name, weight in self._weights.items())
         return {"loss": loss} | {n: v for n, v in means.items() if len(self._weights) > 1 or n not in self._weights}
-
-
-def preferred(records: np.ndarray) -> np.ndarray:
-    """float64[pairs]: 1 where the chosen completion is the likelier one, 1/2 at a tie."""
-    return _compare(records["chosen_logp"], records["rejected_logp"])
-
-
-def preferred_per_token(records: np.ndarray) -> np.ndarray:
-    """The same for the mean log-prob of a token, which favours neither the short nor the long."""
-    mean = {role: records[f"{role}_logp"].astype(np.float64) / records[f"{role}_tokens"] for role in (CHOSEN, REJECTED)}
-    return _compare(mean[CHOSEN], mean[REJECTED])
-
-
-def _compare(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    return np.where(chosen > rejected, 1.0, np.where(chosen == rejected, 0.5, 0.0))

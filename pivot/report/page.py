@@ -22,28 +22,26 @@ from pivot.config_load import to_yaml
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval
-from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, compare, read_outcomes
+from pivot.evaluate.outcomes import compare, read_outcomes
+from pivot.evaluate.task import Measure
+from pivot.evaluate.tasks import titled_measures
+from pivot.evaluate.vqa import BLIND, VQA
 from pivot.report.charts import Chart, Series, format_number, interval_bar
-from pivot.report.read import Row, Run, find_previous, read_run
+from pivot.report.read import LogRow, ReportedRun, find_previous, read_run
 from pivot.run.spent import describe
 from pivot.system.files import write_atomically
 from pivot.system.redact import redact
 
 MAX_SHOWN = 12  # sample scenes at once; the others fold away
 THUMBNAIL = 320  # pixels
-TITLES = {
-    PREFERENCE: ("Preference accuracy", "share of held-out pairs whose right answer is the likelier one"),
-    VQA: ("Answer accuracy", "share of held-out questions answered right, greedily, in the model's own words"),
-    REWARDS: ("Reward accuracy", "share of pairs whose right answer gained on the wrong one"),
-}
 
 
 class Moment(NamedTuple):
     """A point in the chain of runs at which the held-out set was scored."""
 
     label: str
-    run: Run
-    row: Row
+    run: ReportedRun
+    row: LogRow
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def write_report(run_folder: str | Path, previous: Sequence[str | Path] | None =
     return path
 
 
-def render(run: Run, chain: Sequence[Run]) -> str:
+def render(run: ReportedRun, chain: Sequence[ReportedRun]) -> str:
     environment = Environment(
         loader=PackageLoader("pivot.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -100,7 +98,7 @@ def render(run: Run, chain: Sequence[Run]) -> str:
         headlines=_headlines(moments),
         plain_rows=_plain_rows(moments, run),
         kinds=_kinds(moments),
-        blind=next((m.row[f"{VQA}_blind"] for m in reversed(moments) if f"{VQA}_blind" in m.row), None),
+        blind=next((m.row[BLIND] for m in reversed(moments) if BLIND in m.row), None),
         scenes=scenes[:MAX_SHOWN],
         more_scenes=scenes[MAX_SHOWN:],
         held_out_charts=_held_out_charts(run),
@@ -114,7 +112,7 @@ def render(run: Run, chain: Sequence[Run]) -> str:
 # -- held out ------------------------------------------------------------------------------------------------------
 
 
-def _moments(run: Run, chain: Sequence[Run]) -> list[Moment]:
+def _moments(run: ReportedRun, chain: Sequence[ReportedRun]) -> list[Moment]:
     """Before the first run that was scored on the same held-out set, and after each that was."""
     moments: list[Moment] = []
     for stage in (*chain, run):
@@ -130,22 +128,26 @@ def _moments(run: Run, chain: Sequence[Run]) -> list[Moment]:
 
 
 def _headlines(moments: list[Moment]) -> list[Headline]:
-    found = []
-    for metric, (title, meaning) in TITLES.items():
-        cells = [_interval(moment.row, metric) for moment in moments]
-        if any(cells):
-            blind = next((m.row[f"{metric}_blind"] for m in reversed(moments) if f"{metric}_blind" in m.row), None)
-            blind = 0.5 if metric in (PREFERENCE, REWARDS) else blind
-            found.append(
-                Headline(title, meaning, [moment.label for moment in moments], cells, _change(moments, metric), blind)
-            )
-    return found
+    headlines, labels = [], [moment.label for moment in moments]
+    for measure in titled_measures():
+        cells = [_interval(moment.row, measure) for moment in moments]
+        if measure.is_share and any(cells):
+            change, blind = _change(moments, measure.key), _blind(moments, measure)
+            headlines.append(Headline(measure.title, measure.meaning, labels, cells, change, blind))
+    return headlines
 
 
-def _plain_rows(moments: list[Moment], run: Run) -> list[tuple[str, list[float | None]]]:
+def _blind(moments: list[Moment], measure: Measure) -> float | None:
+    """What can be had without looking at the image, where that is known."""
+    told = (moment.row.get(f"{measure.key}_blind") for moment in reversed(moments))
+    return next((blind for blind in told if blind is not None), measure.chance)
+
+
+def _plain_rows(moments: list[Moment], run: ReportedRun) -> list[tuple[str, list[float | None]]]:
     """What is no share: of the newest run alone, since another's beta or objective makes other numbers."""
     rows = []
-    for metric, title in (("eval/rewards/margins", "Reward margin"), ("eval/loss", "Loss")):
+    plain = [(measure.key, measure.title) for measure in titled_measures() if not measure.is_share]
+    for metric, title in (*plain, ("eval/loss", "Loss")):
         cells = [moment.row.get(metric) if moment.run is run else None for moment in moments]
         if any(cell is not None for cell in cells):
             rows.append((title, cells))
@@ -159,12 +161,12 @@ def _kinds(moments: list[Moment]) -> list[tuple[str, list[float | None]]]:
     return [(name.removeprefix(prefix), [moment.row.get(name) for moment in moments]) for name in names]
 
 
-def _interval(row: Row, metric: str) -> Interval | None:
-    value = row.get(metric)
-    if metric == REWARDS and row["step"] == 0:
+def _interval(row: LogRow, measure: Measure) -> Interval | None:
+    value = row.get(measure.key)
+    if measure.own_reference and row["step"] == 0:
         return None  # the policy is its own reference: every pair is a tie
-    if metric in row.get("intervals", {}):
-        return Interval(*row["intervals"][metric])
+    if measure.key in row.get("intervals", {}):
+        return Interval(*row["intervals"][measure.key])
     return Interval(value, value, value) if isinstance(value, int | float) else None
 
 
@@ -179,16 +181,19 @@ def _change(moments: list[Moment], metric: str) -> Interval | None:
         return None  # a file in held_out/ is damaged; the shares themselves stand in the log
 
 
-def _held_out_charts(run: Run) -> list[Chart]:
-    def series(name: str, colour: int, key: str) -> Series:
+def _held_out_charts(run: ReportedRun) -> list[Chart]:
+    def series(name: str, colour: int, key: str, *, from_start: bool = True) -> Series:
         xs, ys = run.series(key, held_out=True)
-        if key == REWARDS and xs[:1] == [0]:
+        if not from_start and xs[:1] == [0]:
             xs, ys = xs[1:], ys[1:]
         rows = [row for row in run.evaluations if isinstance(row.get(key), int | float)]
         spread = [tuple(row["intervals"][key][1:]) for row in rows if key in row.get("intervals", {})]
         return Series(name, colour, xs, ys, spread=spread if len(spread) == len(xs) else None)
 
-    shares = [series("preference", 1, PREFERENCE), series("answers", 2, VQA), series("rewards", 3, REWARDS)]
+    shares = [
+        series(measure.legend, colour, measure.key, from_start=not measure.own_reference)
+        for colour, measure in enumerate((measure for measure in titled_measures() if measure.is_share), start=1)
+    ]
     charts = [
         Chart("Held-out accuracy", [s for s in shares if s.xs], "bars: 95 % intervals"),
         Chart("Held-out loss", [series("loss", 1, "eval/loss")]),
@@ -199,22 +204,22 @@ def _held_out_charts(run: Run) -> list[Chart]:
 
 
 def _pair_series(series: Any, prefix: str) -> list[Series]:
-    found = [series("chosen", 1, f"{prefix}chosen"), series("rejected", 2, f"{prefix}rejected")]
+    curves = [series("chosen", 1, f"{prefix}chosen"), series("rejected", 2, f"{prefix}rejected")]
     if "rewards" in prefix:
-        found.append(series("margin", 3, f"{prefix}margins"))
-    return [s for s in found if s.xs]
+        curves.append(series("margin", 3, f"{prefix}margins"))
+    return [curve for curve in curves if curve.xs]
 
 
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-def _training_charts(run: Run) -> list[Chart]:
+def _training_charts(run: ReportedRun) -> list[Chart]:
     def series(name: str, colour: int, key: str) -> Series:
         return Series(name, colour, *run.series(key), smooth=True)
 
     def per_component(prefix: str, *, smooth: bool) -> list[Series]:
-        found = [Series(c, i + 1, *run.series(f"{prefix}/{c}"), smooth=smooth) for i, c in enumerate(COMPONENTS)]
-        return [s for s in found if s.xs]
+        curves = [Series(c, i + 1, *run.series(f"{prefix}/{c}"), smooth=smooth) for i, c in enumerate(COMPONENTS)]
+        return [curve for curve in curves if curve.xs]
 
     terms = [series(key.removeprefix("loss/"), 2 + i, key) for i, key in enumerate(run.keys("loss/")[:5])]
     charts = [
@@ -241,7 +246,7 @@ class Scene:
     row: int
     question: str
     answer: str
-    said: list[tuple[str, Row]]  # (label, row of samples.jsonl)
+    said: list[tuple[str, LogRow]]  # (label, row of samples.jsonl)
 
     @property
     def rank(self) -> int:
@@ -299,7 +304,7 @@ class Images:
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: ReportedRun) -> list[tuple[str, str]]:
     start, config = run.start, run.config
     parameters = start.get("num_parameters", {})
     excluded = ", ".join(f"{count or 0:,} {reason}" for reason, count in start.get("exclusions", {}).items())

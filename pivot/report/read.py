@@ -9,20 +9,20 @@ from pathlib import Path
 from pivot.config import Config
 from pivot.config_load import read_settings
 from pivot.objectives import Objective, objective_class
-from pivot.report.rows import Row, is_log_row, is_sample, read_rows
+from pivot.report.rows import LogRow, is_log_row, is_sample, read_rows
 from pivot.system.files import read_object
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     folder: Path
     config: Config
-    start: Row  # the log's newest "start" row
-    end: Row  # its "end" row, {} as long as there is none
-    steps: list[Row]  # in order, the newest of each step
-    evaluations: list[Row]
-    answers: dict[tuple[int, int], Row]  # (step, data row) -> what samples.jsonl has
-    status: Row
+    start: LogRow  # the log's newest "start" row
+    end: LogRow  # its "end" row, {} as long as there is none
+    steps: list[LogRow]  # in order, the newest of each step
+    evaluations: list[LogRow]
+    answers: dict[tuple[int, int], LogRow]  # (step, data row) -> what samples.jsonl has
+    status: LogRow
     passed_over: dict[str, int]  # file -> lines that are not what a run writes
 
     @property
@@ -61,7 +61,7 @@ class Run:
         return seconds
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> ReportedRun:
     """The run in `folder`. Raises ValueError where there is none."""
     folder = Path(folder)
     for name in ("config.yaml", "log.jsonl"):
@@ -70,7 +70,7 @@ def read_run(folder: str | Path) -> Run:
     rows, not_rows = read_rows(folder / "log.jsonl", is_log_row)
     samples, not_samples = read_rows(folder / "samples.jsonl", is_sample)
     status = read_object(folder / "status")
-    return Run(
+    return ReportedRun(
         folder=folder,
         config=read_settings(folder / "config.yaml"),
         start=next((row for row in reversed(rows) if row.get("event") == "start"), {}),
@@ -83,14 +83,14 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
-def _newest(rows: Iterable[Row]) -> list[Row]:
-    found = {row["step"]: row for row in rows}
-    return [found[step] for step in sorted(found)]
+def _newest(rows: Iterable[LogRow]) -> list[LogRow]:
+    newest = {row["step"]: row for row in rows}
+    return [newest[step] for step in sorted(newest)]
 
 
-def find_previous(run: Run) -> list[Run]:
+def find_previous(run: ReportedRun) -> list[ReportedRun]:
     """The runs that `run` goes back to, oldest first: as long as init_from is another run's export."""
-    chain: list[Run] = []
+    chain: list[ReportedRun] = []
     seen = {run.folder.resolve()}
     while run.config.init_from is not None:
         folder = Path(run.config.init_from).parent

@@ -5,38 +5,31 @@ Tools, editors and crashes leave lines of their own in these files, and a page a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-Row = dict[str, Any]
+from pivot.system.files import read_json_lines
+
+LogRow = dict[str, Any]
 
 LARGEST = 1e100  # no number of a run comes near it, and charts can still reckon with it
 LAST_STEP = 10**12
 
 
-def read_rows(path: Path, is_row: Callable[[Row], bool]) -> tuple[list[Row], int]:
+def read_rows(path: Path, is_row: Callable[[LogRow], bool]) -> tuple[list[LogRow], int]:
     """The rows of a file, and how many other lines it has; nothing where there is no file."""
     rows, passed_over = [], 0
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line, parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and is_row(row):
+    for line, row in read_json_lines(path):
+        if row is not None and is_row(row):
             rows.append(row)
         else:
             passed_over += bool(line.strip())
     return rows, passed_over
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON: a run writes null for what is not finite")
-
-
-def is_log_row(row: Row) -> bool:
+def is_log_row(row: LogRow) -> bool:
     """A step ({"step": 1, "loss": ...}), or the event start, eval or end, each with the values that the page reads."""
     if "event" not in row:
         return _is_step(row.get("step")) and all(map(_is_number, row.values()))
@@ -44,14 +37,14 @@ def is_log_row(row: Row) -> bool:
     return check is not None and _is_step(row.get("step", 0)) and check({k: v for k, v in row.items() if k != "event"})
 
 
-def is_sample(row: Row) -> bool:
+def is_sample(row: LogRow) -> bool:
     """An answer as evaluate/outcomes.py keeps it."""
     texts = all(isinstance(row.get(name), str) for name in ("id", "question", "answer", "generated"))
     known = row.get("right") is None or isinstance(row["right"], bool)
     return texts and known and _is_step(row.get("step")) and _is_step(row.get("row"))
 
 
-def _is_start(row: Row) -> bool:
+def _is_start(row: LogRow) -> bool:
     numbers = [row.get(name, {}) for name in ("num_parameters", "exclusions")]
     versions = row.get("versions", {})
     plain = [value for value in row.values() if not isinstance(value, dict)]
@@ -63,7 +56,7 @@ def _is_start(row: Row) -> bool:
     )
 
 
-def _is_evaluation(row: Row) -> bool:
+def _is_evaluation(row: LogRow) -> bool:
     intervals, others = row.get("intervals", {}), {k: v for k, v in row.items() if k not in ("intervals", "skipped")}
     return (
         "step" in row
@@ -73,7 +66,7 @@ def _is_evaluation(row: Row) -> bool:
     )
 
 
-def _is_end(row: Row) -> bool:
+def _is_end(row: LogRow) -> bool:
     compared = row.get("compare", {})
     if not isinstance(compared, dict) or not isinstance(compared.get("name", ""), str):
         return False

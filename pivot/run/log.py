@@ -6,11 +6,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pivot.system.files import write_atomically
+from pivot.system.files import read_json_lines, write_atomically
 from pivot.system.redact import redact_values, tell
 
 
@@ -96,7 +95,7 @@ def _cut_back(folder: Path, step: int) -> tuple[set[int], int]:
     rows: dict[Any, bytes] = {}
     evaluated: set[int] = set()
     num_cut = 0
-    for number, (line, row) in enumerate(_read_rows(folder / "log.jsonl")):
+    for number, (line, row) in enumerate(_finished_lines(folder / "log.jsonl")):
         at, event = row.get("step"), row.get("event")
         if isinstance(at, int):
             if at > step or step == 0 or event == "end":
@@ -109,20 +108,14 @@ def _cut_back(folder: Path, step: int) -> tuple[set[int], int]:
         rows[key] = line
     _rewrite(folder / "log.jsonl", list(rows.values()))
     # An evaluation's answers are written before its row: without that row it is made again.
-    samples = _read_rows(folder / "samples.jsonl")
+    samples = _finished_lines(folder / "samples.jsonl")
     _rewrite(folder / "samples.jsonl", [line for line, row in samples if row.get("step") in (*evaluated, None)])
     return evaluated, num_cut
 
 
-def _read_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The finished lines of a file, and the object of each, {} where it holds none."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = {}
-        if line.endswith(b"\n"):
-            yield line, row if isinstance(row, dict) else {}
+def _finished_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file that have their line break, and the object of each, {} where it holds none."""
+    return [(line, row or {}) for line, row in read_json_lines(path) if line.endswith(b"\n")]
 
 
 def _rewrite(path: Path, lines: list[bytes]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -37,10 +38,29 @@ def write_json(path: Path, value: Any) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file; {} where there is no file, or something else in it."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a file, with its line break, and the JSON object in it, or None; nothing where there is no file.
+
+    One rule for all who read what a run appends to: a line counts when it is a JSON object, and any other is None and
+    never an error. Kills and full disks cut lines short; editors and other programs leave lines of their own. NaN is no
+    JSON: a run writes null. A last line without its line break may be cut; who writes behind it looks at the bytes.
+    """
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            value = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            value = None
+        yield line, value if isinstance(value, dict) else None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

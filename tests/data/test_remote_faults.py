@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from launch.command import report
+from launch.command import tell_error
 from pivot.data import index, remote, web
 from pivot.data.lengths import build_lengths
 from pivot.data.loader import Loader
@@ -178,7 +178,7 @@ def test_what_stays_is_told_at_once(packed, tmp_path, capsys, code, kind, words)
     with serve(packed.folder, [status(code)] * 9) as (server, url), pytest.raises(kind) as caught:
         ShardSet.open(url.replace("//", "//me:pa55@") + SECRET, ShardCache(tmp_path))
     assert len(server.asked) == 1
-    assert report(caught.value) == 2
+    assert tell_error(caught.value) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"error: {url}/manifest.json") and words in told and told.count("\n") == 1
     assert "s3cret" not in told and "pa55" not in told
@@ -191,7 +191,7 @@ def test_a_server_that_stays_away_is_one_sentence(packed, tmp_path, capsys, faul
     with serve(packed.folder, [fault] * 9) as (server, url), pytest.raises(Unreachable) as caught:
         ShardSet.open(url + SECRET, ShardCache(tmp_path))
     assert len(server.asked) == remote.TRIES
-    assert report(caught.value) == 1
+    assert tell_error(caught.value) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: {url}/manifest.json: {words}") and "(7 tries); see whether the server is up" in told
 
@@ -220,7 +220,7 @@ def test_a_server_that_goes_away_ends_the_loader_in_one_sentence(packed, tmp_pat
         server.affected, server.faults = "/shards/", [status(503)] * 9999
         with pytest.raises(Unreachable) as caught:
             take(Loader(far, plan, FakeProcessor(), workers=workers), 1)
-    assert report(caught.value) == 1
+    assert tell_error(caught.value) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(told) == 1 and "HTTP 503 Service Unavailable (7 tries)" in told[0]
     assert "Traceback" not in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 
 from pivot.evaluate import evaluator
 from pivot.evaluate.load import find_export, load_export
-from pivot.evaluate.outcomes import VQA
+from pivot.evaluate.vqa import VQA
 from pivot.models.parts import write_model
 from tests.kit import tiny
 from tests.kit.answered import make_answered_set

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pivot.evaluate.outcomes import PREFERENCE, compare
-from pivot.evaluate.pairs import PAIR_RECORD, preferred, preferred_per_token
-from pivot.evaluate.vqa import MAX_BATCH, cut_batches
+from pivot.evaluate.outcomes import compare
+from pivot.evaluate.pairs import PAIR_RECORD
+from pivot.evaluate.preference import PREFERENCE, preferred, preferred_per_token
+from pivot.evaluate.questions import MAX_BATCH, cut_batches
 
 
 def test_batches_hold_each_row_once_within_the_budget() -> None:

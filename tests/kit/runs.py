@@ -11,8 +11,11 @@ import numpy as np
 
 from pivot.config_load import load_config, to_yaml
 from pivot.evaluate import intervals
-from pivot.evaluate.outcomes import PREFERENCE, REWARDS, VQA, Outcomes, SampleAnswer, keep
-from pivot.report.read import Row
+from pivot.evaluate.outcomes import Outcomes, SampleAnswer, keep
+from pivot.evaluate.preference import PREFERENCE
+from pivot.evaluate.rewards import REWARDS
+from pivot.evaluate.vqa import VQA
+from pivot.report.read import LogRow
 from tests.kit.sets import make_set
 from tests.kit.tiny import tiny_llava
 
@@ -81,7 +84,7 @@ def make_run(
     return folder
 
 
-def _start(steps: int) -> Row:
+def _start(steps: int) -> LogRow:
     return {
         "event": "start",
         "world_size": 2,
@@ -97,13 +100,13 @@ def _start(steps: int) -> Row:
     }
 
 
-def _end(steps: int) -> Row:
+def _end(steps: int) -> LogRow:
     spent = {"gpu_hours": 3.25, "pairs": 64 * steps, "tokens": 8_200_000, "flops": 4.1e17, "hardware_flops": 5.5e17}
     compare = {"name": "SigLIP pre-training", "flops": 1 / 2000, "samples": 0.25}
     return {"event": "end", "step": steps, **spent, "compare": compare}
 
 
-def _step(step: int, steps: int, objective: str, random: np.random.Generator) -> Row:
+def _step(step: int, steps: int, objective: str, random: np.random.Generator) -> LogRow:
     done, noise = step / steps, random.normal(size=8)
     row: dict[str, Any] = {"step": step, "loss": 0.693 * math.exp(-2 * done) + 0.05 + 0.04 * noise[0]}
     row["logps/chosen"] = -2 + done + 0.2 * noise[1]
@@ -129,8 +132,8 @@ def _outcomes(share: float, count: int) -> Outcomes:
     return outcomes
 
 
-def _evaluation(step: int, steps: int, objective: str, outcomes: Outcomes) -> Row:
-    row: Row = {"event": "eval", "step": step, "skipped": {}, "seconds": 4.2}
+def _evaluation(step: int, steps: int, objective: str, outcomes: Outcomes) -> LogRow:
+    row: LogRow = {"event": "eval", "step": step, "skipped": {}, "seconds": 4.2}
     row |= {"eval/num_samples": len(outcomes[PREFERENCE]), "eval/num_questions": len(outcomes[VQA])}
     row["eval/loss"] = 0.6931 * math.exp(-1.5 * step / steps)
     row |= {name: float(outcomes[name].mean()) for name in (PREFERENCE, VQA)}

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.pack import PackOptions, pack
-from launch.command import main, report
+from launch.command import main, tell_error
+from pivot import train
 from pivot.config import KEYS, MISSING, REPOSITORY
 from pivot.data import remote
 from pivot.run import checkpoint
@@ -195,7 +196,7 @@ def test_scripts_start_from_anywhere(script: str, tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OSError) as found:
         checkpoint.require_space(tmp_path, 2**60)
-    assert report(found.value) == 1
+    assert tell_error(found.value) == 1
     told = capsys.readouterr().err
     assert f"{tmp_path}: No space left on device (a checkpoint takes {2**30:.2f} GiB" in told
     assert "the same command goes on" in told and "Traceback" not in told
@@ -207,7 +208,7 @@ def test_a_set_out_of_reach_is_one_sentence(
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
     with pytest.raises(OSError) as found:
         remote.ShardCache(tmp_path).read("http://127.0.0.1:1/manifest.json")
-    assert report(found.value) == 1
+    assert tell_error(found.value) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: http://127.0.0.1:1/manifest.json: ") and "(7 tries); see whether the server" in told
     assert told.count("\n") == 1
@@ -222,12 +223,13 @@ def test_a_set_out_of_reach_is_one_sentence(
 )
 def test_another_ranks_error_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     """That rank tells the whole; a traceback from here would bury it."""
-    assert report(error) == 1
+    assert tell_error(error) == 1
     assert capsys.readouterr().err == f"[rank 0] {error}\n"
 
 
 def test_one_step_without_a_launcher(folder: Path) -> None:
-    """The whole way on one process; a second start says that the run is finished, and a changed rate is refused."""
+    """The whole way on one process; a second start says that the run is finished and draws its report again, and a
+    changed rate is refused."""
     script = [sys.executable, REPOSITORY / "launch" / "train_dpo.py", folder / "run.yaml"]
     script += ["deepspeed=ds_configs/zero0.json", f"output_dir={folder}/whole"]
     first = subprocess.run(script, capture_output=True, text=True, cwd=folder)
@@ -235,10 +237,30 @@ def test_one_step_without_a_launcher(folder: Path) -> None:
     assert json.loads((folder / "whole" / "status").read_text()) == {"status": "done", "step": 1}
     assert (folder / "whole" / "export" / "model.safetensors").is_file()
     assert ">running<" not in (folder / "whole" / "report.html").read_text()
+    assert first.stdout.count(f"report     {folder}/whole/report.html\n") == 1
+    (folder / "whole" / "report.html").unlink()
     again = subprocess.run(script, capture_output=True, text=True, cwd=folder)
     assert again.returncode == 0 and "this run is finished: 1 steps done" in again.stdout
+    assert "<svg" in (folder / "whole" / "report.html").read_text()
     other = subprocess.run([*script, "optim.projector.lr=2e-3"], capture_output=True, text=True, cwd=folder)
     assert other.returncode == 2 and "optim.projector.lr was 0.001, is 0.002" in other.stderr
+
+
+def test_a_report_that_cannot_be_written_is_only_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that is done, on rank 0; the others and --check say nothing of it."""
+    monkeypatch.setattr(train, "train", lambda config, *, check_only: train.DONE)
+    run = f"output_dir={tmp_path}/run"
+    assert command(folder, run) == 0
+    told = capsys.readouterr().out
+    assert (
+        told.startswith(f"no report (ValueError: {tmp_path}/run holds no config.yaml, ") and "launch/report.py" in told
+    )
+    assert command(folder, run, "--check") == 0
+    monkeypatch.setenv("RANK", "1")
+    assert command(folder, run) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_two_tasks_of_srun_without_ranks_are_refused(folder: Path, tmp_path: Path) -> None:

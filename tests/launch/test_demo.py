@@ -12,7 +12,7 @@ import pytest
 
 from launch.stopping import run_until_stopped
 from pivot.evaluate import outcomes
-from pivot.evaluate.outcomes import VQA
+from pivot.evaluate.vqa import VQA
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -105,15 +105,33 @@ def test_a_stage_is_done_only_when_it_says_so(demo, tmp_path, monkeypatch, code,
     assert (tmp_path / "sft.done").is_file() == (expected == 0)
 
 
-def test_another_folder_and_seed_are_handed_to_the_run(demo, monkeypatch):
-    monkeypatch.setenv("SEED", "0")
-    assert demo._settings("dpo", Path("runs/demo")) == []
-    monkeypatch.setenv("SEED", "3")
-    found = demo._settings("sft", Path("runs/other"))
-    assert found == [
-        "output_dir=runs/other/sft",
-        "data.train=runs/other/data/questions",
-        "data.eval=runs/other/data/eval",
-        "init_from=runs/other/align/export",
-        "train.seed=3",
-    ]
+@pytest.mark.parametrize(
+    ("seed", "folder", "changed"),
+    [
+        ("0", "runs/demo", []),
+        ("3", "runs/demo", ["train.seed=3"]),
+        (
+            "3",
+            "elsewhere",
+            [
+                "output_dir=elsewhere/sft",
+                "data.train=elsewhere/data/questions",
+                "data.eval=elsewhere/data/eval",
+                "init_from=elsewhere/align/export",
+                "train.seed=3",
+            ],
+        ),
+    ],
+)
+def test_another_folder_and_seed_are_handed_to_the_run(demo, tmp_path, monkeypatch, capsys, seed, folder, changed):
+    """As the command that is shown and run says; the user's own settings come last."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setenv("SEED", seed)
+    monkeypatch.setattr(demo, "count_processes", lambda: 2)
+    commands = []
+    monkeypatch.setattr(demo, "run_until_stopped", lambda command, *_: commands.append(command) or (1, False))
+    assert demo.main(["stage", "sft", folder, "train.max_steps=1"]) == 1
+    expected = ["launch/train_sft.py", "launch/configs/demo/sft.yaml", *changed, "train.max_steps=1"]
+    assert commands[0][-len(expected) :] == expected
+    assert "$ deepspeed --num_gpus 2 " + " ".join(expected) + "\n" in capsys.readouterr().out

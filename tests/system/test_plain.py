@@ -7,7 +7,7 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.console import Output, Progress
-from launch.command import report
+from launch.command import tell_error
 from pivot.config import ConfigError
 from pivot.system.plain import plain
 from pivot.system.redact import tell
@@ -50,7 +50,7 @@ def test_errors_are_written_out(kind, capsys):
     """One sentence or a traceback."""
     with pytest.raises(kind) as caught:
         raise kind(EVIL)
-    report(caught.value)
+    tell_error(caught.value)
     assert safe(capsys.readouterr().err)
 
 
