@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_tools.architectures import qwen2, siglip
 from data_tools.pack import PackOptions, pack
-from launch.random_model import LANGUAGE, VISION, qwen2, siglip, write_byte_tokenizer
+from launch.random_model import LANGUAGE, VISION, write_byte_tokenizer
 from pivot.config import DataConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pivot.models.build import Sources, build_mllm
 from pivot.models.parts import write_model

@@ -75,28 +75,24 @@ def convert(record: Record, trusted: Sequence[Path], max_side: int | None = None
         ) from error
 
 
-def split_prompt(prompt: str, num_images: int) -> list[dict[str, Any]]:
-    """Content parts of a prompt; images come first where it does not say where they belong.
-
-    The line break behind a placeholder is left out: the chat template puts one there. Raises Rejected.
-    """
-    return split_messages([("user", prompt)], num_images)[0]["content"]
-
-
 def split_messages(turns: Sequence[tuple[str, str]], num_images: int) -> list[dict[str, Any]]:
-    """The messages of a prompt, images numbered through all of them. Raises Rejected when their number is another."""
-    found = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
-    if found not in (0, num_images):
+    """The messages of a prompt, images numbered through all of them. Raises Rejected when their number is another.
+
+    Images come first where no turn says where they belong. The line break behind a placeholder is left out: the chat
+    template puts one there.
+    """
+    num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    if num_placeholders not in (0, num_images):
         raise Rejected(
             "image-token mismatch",
-            f"the prompt has {found} {IMAGE_PLACEHOLDER}, the row {num_images} images"
+            f"the prompt has {num_placeholders} {IMAGE_PLACEHOLDER}, the row {num_images} images"
             + ("" if num_images else "; if they are in another column, name it with --map image=COLUMN"),
         )
     first_of_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), 0)
     messages, shown = [], 0
     for number, (role, text) in enumerate(turns):
         pieces = text.split(IMAGE_PLACEHOLDER)
-        if not found and number == first_of_user:
+        if not num_placeholders and number == first_of_user:
             pieces = [""] * num_images + [text]
         messages.append({"role": role, "content": _parts(pieces, shown)})
         shown += len(pieces) - 1

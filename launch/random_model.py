@@ -10,41 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
+from data_tools.architectures import END_OF_TEXT, END_OF_TURN, TURN, byte_tokenizer, qwen2, siglip
 
-def siglip(width: int, mlp: int, layers: int, heads: int, patch: int, size: int) -> dict[str, Any]:
-    return {
-        "model_type": "siglip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "patch_size": patch,
-        "image_size": size,
-    }
-
-
-def qwen2(width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": tied,
-    }
-
+SPECIAL_TOKENS = (END_OF_TEXT, TURN, END_OF_TURN, "<image>")
 
 # The published configurations, and small ones for a CPU.
 VISION = {
@@ -63,13 +38,11 @@ LANGUAGE = {
 
 def write_byte_tokenizer(folder: Path) -> None:
     """A token for each byte, ChatML's special ones, and no chat template (ChatML is the default)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(list(SPECIAL_TOKENS))
     PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=byte_tokenizer(SPECIAL_TOKENS),
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from data_tools.architectures import END_OF_TEXT, END_OF_TURN, TURN, siglip
 from data_tools.demo.questions import CAPTION_REQUEST, NOTHING, OPPOSITES
 from data_tools.demo.scenes import ALL_POSITIONS, COLOURS, SHAPES, SIZES, TEXTURES
 from pivot.system.files import write_json
@@ -22,7 +23,7 @@ from pivot.system.files import write_json
 IMAGE_SIZE, PATCH_SIZE = 72, 12  # two by two patches in each cell of the grid
 WIDTH, NUM_LAYERS, NUM_HEADS = 128, 3, 4
 VOCAB_SIZE = 256 + 64
-UNKNOWN, END_OF_TEXT, TURN, END_OF_TURN = "<|unknown|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+UNKNOWN = "<|unknown|>"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -44,7 +45,7 @@ def write_architecture(folder: Path) -> None:
     language = folder / "language"
     language.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    write_json(folder / "vision.json", vision_config())
+    write_json(folder / "vision.json", siglip(WIDTH, 4 * WIDTH, NUM_LAYERS, NUM_HEADS, PATCH_SIZE, IMAGE_SIZE))
     write_json(language / "config.json", text_config(tokenizer))
     write_json(language / "tokenizer.json", json.loads(tokenizer.to_str()))
     write_json(language / "tokenizer_config.json", tokenizer_config())
@@ -71,22 +72,6 @@ def build_tokenizer() -> Tokenizer:
 def _words() -> list[str]:
     lists = (ALL_POSITIONS, COLOURS, SHAPES, SIZES, TEXTURES, OPPOSITES, [NOTHING], SENTENCES)
     return sorted({word for texts in lists for text in texts for word in re.findall(r"[A-Za-z]{2,}", text)})
-
-
-def vision_config() -> dict[str, Any]:
-    return {
-        "model_type": "siglip_vision_model",
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": NUM_HEADS,
-        "num_channels": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-    }
 
 
 def text_config(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from pivot.data.web import StatusError, open_web
-from pivot.system.lock import FileLock
+from pivot.system.lock import locked
 from pivot.system.plain import plain
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class ShardCache:
         No more than `num_bytes` are taken, where they are given."""
         path = self.path(sha256, suffix)
         if not _touch(path):
-            with _locked(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock")):
                 if not _touch(path):  # another process fetched it meanwhile
                     part = self._make_room(path, num_bytes if suffix == ".tar" else 0)
                     try:
@@ -121,24 +121,20 @@ class ShardCache:
             logger.warning("%s; going on without this file, which need not exist", error)
             return None
 
-    def used_bytes(self) -> int:
-        with self._settled():
-            return sum(size for _, size, _ in self._files())
-
     def _settled(self) -> contextlib.AbstractContextManager[None]:
         """Hold off all that removes, adds or renames: who lists the folder meanwhile sees gone and new ones together,
         or misses one."""
-        return _locked(self.folder / "evict.lock")
+        return locked(self.folder / "evict.lock")
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        found = []
+        files = []
         for path in self.folder.glob("*/*.tar*"):
             if path.suffix not in (".tar", ".part"):
                 continue
             with contextlib.suppress(FileNotFoundError):  # a download that failed takes its .part away
                 status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        return sorted(found)
+                files.append((status.st_mtime, status.st_size, path))
+        return sorted(files)
 
     def _make_room(self, path: Path, num_bytes: int) -> Path:
         """A .part file of the size to come, after removing the shards used longest ago.
@@ -291,14 +287,3 @@ def _touch(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    lock.take(wait=True)
-    try:
-        yield
-    finally:
-        lock.release()

@@ -74,13 +74,12 @@ def save(
     size_bytes: int,
     keep: int,
     say: Callable[[str], None],
-    extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write and publish the checkpoint of `step`; collective. `state` comes back from `load`, the same on all ranks.
 
-    `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints); `extra(folder)` may add rank 0's own
-    files. A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
-    launcher can reach them. What was published before stays untouched. OSError (ENOSPC) when the disk is too small.
+    `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints). A rank that fails says so and ends the
+    process: the others wait inside DeepSpeed's barriers, where only the launcher can reach them. What was published before
+    stays untouched. OSError (ENOSPC) when the disk is too small.
     """
     final = distributed.broadcast(step_folder(checkpoints, step))
     partial = final.with_name(final.name + ".tmp")
@@ -95,8 +94,6 @@ def save(
         torch.save(distributed.rng_state(), partial / f"rank-{world.rank:05d}.pt")
         if world.is_main:
             (partial / "state.json").write_text(json.dumps(state, indent=1))
-            if extra is not None:
-                extra(partial)
     except BaseException:
         free = shutil.disk_usage(checkpoints).free / 2**30
         tell(traceback.format_exc(), to=sys.stderr)

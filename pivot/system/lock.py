@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,18 @@ class FileLock:
         with _opening:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             _open_files.add(self._descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock on `path`, after waiting for whoever has it; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    lock.take(wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _flock(descriptor: int, path: Path, *, wait: bool) -> None:

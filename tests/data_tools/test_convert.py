@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from data_tools.convert import Packed, convert, split_prompt
+from data_tools.convert import Packed, convert, split_messages
 from data_tools.records import Drop, Record
 from tests.kit.sets import image_bytes
 
@@ -65,7 +65,7 @@ IMAGE0, IMAGE1 = ({"type": "image", "image": number} for number in (0, 1))
 )
 def test_placeholders_become_parts(prompt, num_images, parts):
     expected = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    assert split_prompt(prompt, num_images) == expected
+    assert split_messages([("user", prompt)], num_images) == [{"role": "user", "content": expected}]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
@@ -29,6 +29,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from data_tools.architectures import byte_tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -67,12 +69,7 @@ def tiny_tokenizer(
     `around`: special tokens that it puts before and behind each text by itself, as Llama's does with its <s>.
     """
     folder = Path(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    assert len(alphabet) == NUM_BYTES
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([*SPECIAL_TOKENS, *extra_special_tokens, *filter(None, around)])
+    core = byte_tokenizer([*SPECIAL_TOKENS, *extra_special_tokens, *filter(None, around)])
     before, behind = around
     if before or behind:
         core.post_processor = processors.TemplateProcessing(

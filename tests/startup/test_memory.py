@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.random_model import qwen2, siglip, write_model
+from data_tools.architectures import qwen2, siglip
+from launch.random_model import write_model
 from pivot.batch import PackedBatch
 from pivot.config import COMPONENTS, ConfigError, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pivot.config_check import read_deepspeed_json
