@@ -85,13 +85,13 @@ def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
 
 def _shapes(shards: ShardSet) -> list[dict[str, Any]]:
     """Which shards `datasets` can open together: those whose samples have the same members and types of JSON."""
-    found: dict[str, dict[str, Any]] = {}
+    shapes: dict[str, dict[str, Any]] = {}
     for shard in shards.shards:
         members = shard.shape.partition("/")[0] or "mixed"
-        shape = found.setdefault(shard.shape, {"members": members, "samples": 0, "shards": []})
+        shape = shapes.setdefault(shard.shape, {"members": members, "samples": 0, "shards": []})
         shape["samples"] += shard.samples
         shape["shards"].append(shard.name)
-    return list(found.values())
+    return list(shapes.values())
 
 
 def _spread(values: np.ndarray) -> dict[str, Any]:

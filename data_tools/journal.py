@@ -141,9 +141,10 @@ def require_files(out: Path, shards: Iterable[Shard]) -> None:
             out / "index" / f"{shard.name}.idx": shard.samples * BYTES_PER_RECORD,
         }
         for path, size in sizes.items():
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
+            actual_size = path.stat().st_size if path.is_file() else None
+            if actual_size != size:
+                state = "is not there" if actual_size is None else f"has {actual_size} bytes"
                 raise ValueError(
-                    f"{path} {'is not there' if found is None else f'has {found} bytes'}, and was written with {size}; "
+                    f"{path} {state}, and was written with {size}; "
                     f"put it back, or remove {out} and run the same command again to write it all anew"
                 )

@@ -77,9 +77,9 @@ def _finished(options: PackOptions, seed: int) -> PackResult | None:
         Journal(options.out, {"made_by": _made_by(seed)}).look()
         return None
     manifest = json.loads(path.read_text())
-    found, wanted = (manifest.get("made_by"), manifest.get("packed_with")), (_made_by(seed), identity(options))
-    if found != wanted:
-        raise ValueError(f"{options.out} holds a set made otherwise ({found}, not {wanted}); choose another --out")
+    made, wanted = (manifest.get("made_by"), manifest.get("packed_with")), (_made_by(seed), identity(options))
+    if made != wanted:
+        raise ValueError(f"{options.out} holds a set made otherwise ({made}, not {wanted}); choose another --out")
     tally, shards = Tally(**manifest["tally"]), [Shard(**entry) for entry in manifest["shards"]]
     require_files(options.out, shards)
     check_unchanged(options, tally)

@@ -23,8 +23,8 @@ def load_ranks(
     steps: list[list[list[int]]] = [[] for _ in range(num_steps)]
     for rank in range(plan.world_size):
         loader = Loader(shards, plan, processor, rank=rank, first_step=first_step, workers=workers)
-        for found, (_, micro_batches) in zip(steps, loader, strict=False):
-            found.append([int(row) for batch in micro_batches for row in batch.sample_index if row >= 0])
+        for rows_of_ranks, (_, micro_batches) in zip(steps, loader, strict=False):
+            rows_of_ranks.append([int(row) for batch in micro_batches for row in batch.sample_index if row >= 0])
     return steps
 
 

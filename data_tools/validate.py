@@ -21,7 +21,7 @@ from pivot.data.shards import DamagedSample, ShardSet
 
 
 @dataclass
-class Found:
+class Validation:
     num_samples: int
     num_images: int
     problems: list[str] = field(default_factory=list)
@@ -33,31 +33,31 @@ def validate(
     fast: bool = False,
     workers: int = 1,
     progress: Callable[[int, int, str], None] = lambda done, total, remark: None,
-) -> Found:
+) -> Validation:
     """Hashes, index against tar, keys, members, texts, every image decoded; with `fast` what the index tells alone.
 
     A shard that is missing or cut is a problem like others, and its samples are not counted. Raises ValueError when the
     manifest cannot be read.
     """
     shards, problems = ShardSet.open_sound(folder)
-    found = Found(len(shards), int(shards.index["n_images"].sum()), problems)
+    validation = Validation(len(shards), int(shards.index["n_images"].sum()), problems)
     keys, counts = np.unique(shards.index["key_hash"], return_counts=True)
-    found.problems += [
+    validation.problems += [
         f"{folder}: key_hash {int(key):016x} occurs more than once; python -m data_tools reshard keeps the first"
         for key in keys[counts > 1]
     ]
-    found.problems += _check_spans(shards)
+    validation.problems += _check_spans(shards)
     if fast:
-        return found
+        return validation
     done = 0
     # A shard a time: each worker reads its own file from front to back.
     for number, problems in ordered_map(
         partial(_check_shard, str(folder)), range(len(shards.shards)), workers, chunk=1
     ):
-        found.problems += problems
+        validation.problems += problems
         done += shards.shards[number].samples
-        progress(done, len(shards), f"{len(found.problems)} problems")
-    return found
+        progress(done, len(shards), f"{len(validation.problems)} problems")
+    return validation
 
 
 def _check_spans(shards: ShardSet) -> list[str]:

@@ -28,12 +28,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, output: Output) -> int:
     shards = open_sets(options.folders)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    entries: dict[tuple[str, int], dict[str, Any]] = {}
     for log in options.logs:
         for number, line in enumerate(_read(log).splitlines(), 1):
             entry = _entry(shards, line, f"{log}:{number}")
-            found.setdefault((entry["shard"], entry["ordinal"]), entry)
-    samples = [found[key] for key in sorted(found)]
+            entries.setdefault((entry["shard"], entry["ordinal"]), entry)
+    samples = [entries[key] for key in sorted(entries)]
     if not options.dry_run:
         write_json(options.out, {"format": EXCLUDE_FORMAT, "samples": samples})
     verb = "would write" if options.dry_run else "wrote"

@@ -51,8 +51,8 @@ def run(options: argparse.Namespace, output: Output) -> int:
         "balance": balance(steps),
         "steps_per_epoch": plan.steps_per_epoch,
         "steps": [
-            {"step": step.step, "ranks": [[ids[row] for row in rank] for rank in found]}
-            for step, found in zip(steps, ranks, strict=True)
+            {"step": step.step, "ranks": [[ids[row] for row in rank] for rank in rows_of_ranks]}
+            for step, rows_of_ranks in zip(steps, ranks, strict=True)
         ],
     }
     output.result(document)

@@ -15,15 +15,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, output: Output) -> int:
     line = output.progress("samples")
-    found = validate(options.folder, fast=options.fast, workers=options.workers, progress=line)
+    validation = validate(options.folder, fast=options.fast, workers=options.workers, progress=line)
     line.close()
-    shown = len(found.problems) if output.loudness > 1 else SHOWN_PROBLEMS
-    for problem in found.problems[:shown]:
+    shown = len(validation.problems) if output.loudness > 1 else SHOWN_PROBLEMS
+    for problem in validation.problems[:shown]:
         output.error(problem)
-    if len(found.problems) > shown:
-        output.error(f"and {len(found.problems) - shown} more; -v lists them all")
+    if len(validation.problems) > shown:
+        output.error(f"and {len(validation.problems) - shown} more; -v lists them all")
     what = "indexed" if options.fast else "read"
-    counts = f"{count_text(found.num_samples, 'sample')} {what}, {count_text(len(found.problems), 'problem')}"
+    counts = f"{count_text(validation.num_samples, 'sample')} {what}, {count_text(len(validation.problems), 'problem')}"
     output.say(f"{options.folder}: {counts}")
-    output.result({"samples": found.num_samples, "images": found.num_images, "problems": found.problems})
-    return 1 if found.problems else 0
+    output.result({"samples": validation.num_samples, "images": validation.num_images, "problems": validation.problems})
+    return 1 if validation.problems else 0

@@ -83,15 +83,15 @@ def write_demo(options: DemoOptions, say: Callable[[str], None] = lambda text: N
     say(f"a picture of the scenes: {options.out / 'scenes.png'}")
     write_architecture(options.out / "model")
     blocks = [*_cut("train", options.num_train), *_cut("eval", options.num_eval)]
-    found: dict[str, list[Shard]] = {name: [] for name in KINDS}
+    shards_of: dict[str, list[Shard]] = {name: [] for name in KINDS}
     scenes = 0
     for block, made in zip(blocks, _map(partial(write_block, options), blocks, options.workers), strict=True):
         for name, shard in made.items():
-            found[name].append(shard)
+            shards_of[name].append(shard)
         scenes += block.last - block.first
         say(f"{scenes} of {options.num_train + options.num_eval} scenes")
-    counts = {name: sum(shard.samples for shard in shards) for name, shards in found.items()}
-    for name, shards in found.items():
+    counts = {name: sum(shard.samples for shard in shards) for name, shards in shards_of.items()}
+    for name, shards in shards_of.items():
         write_json(options.out / name / "manifest.json", _manifest(name, shards))
     write_json(options.out / "demo.json", {"options": options.identity(), "samples": counts})
     return counts
@@ -106,13 +106,13 @@ def _map(function: Callable[[Any], Any], items: list[Any], workers: int) -> Iter
 
 
 def _read_finished(options: DemoOptions) -> dict[str, int]:
-    found = json.loads((options.out / "demo.json").read_text())
-    if found["options"] != options.identity():
+    world = json.loads((options.out / "demo.json").read_text())
+    if world["options"] != options.identity():
         raise ValueError(
-            f"{options.out} holds a demo world with other options ({found['options']}, not {options.identity()}); "
+            f"{options.out} holds a demo world with other options ({world['options']}, not {options.identity()}); "
             "choose another --out, or remove it"
         )
-    return found["samples"]
+    return world["samples"]
 
 
 def _cut(split: str, num_scenes: int) -> list[Block]:

@@ -85,8 +85,8 @@ def _ask_place(
 
 def _ask_existence(scene: Scene, random: Random) -> Question | None:
     """What, if anything, is at a place."""
-    found = {thing.position: f"a {thing.name}" for thing in scene.objects}
-    contents = ((found.get(position, NOTHING), position) for position in ALL_POSITIONS)
+    names = {thing.position: f"a {thing.name}" for thing in scene.objects}
+    contents = ((names.get(position, NOTHING), position) for position in ALL_POSITIONS)
     return _ask_value(contents, random, "existence", "What is {where}?")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from data_tools.readers import (
     llava,
@@ -41,15 +41,15 @@ class Reader(Protocol):
 
 
 ROW_FORMATS: dict[str, RowFormat] = {
-    "trl": cast(RowFormat, trl),
-    "vlfeedback": cast(RowFormat, vlfeedback),
-    "povid": cast(RowFormat, povid),
-    "sharegpt": cast(RowFormat, sharegpt),
-    "llava": cast(RowFormat, llava),
-    "ms_swift": cast(RowFormat, ms_swift),
-    "rlhf_v": cast(RowFormat, rlhf_v),
-    "rlaif_v": cast(RowFormat, rlaif_v),
-    "llava_dpo": cast(RowFormat, llava_dpo),
+    "trl": trl,
+    "vlfeedback": vlfeedback,
+    "povid": povid,
+    "sharegpt": sharegpt,
+    "llava": llava,
+    "ms_swift": ms_swift,
+    "rlhf_v": rlhf_v,
+    "rlaif_v": rlaif_v,
+    "llava_dpo": llava_dpo,
     "generic": Generic(),
 }
 
@@ -59,8 +59,8 @@ def find_row_format(row: dict[str, Any]) -> RowFormat | None:
 
 
 READERS: dict[str, Reader] = {
-    "mmpr": cast(Reader, mmpr),
-    "llava_onevision": cast(Reader, onevision),
+    "mmpr": mmpr,
+    "llava_onevision": onevision,
     "webdataset": TarReader(find_row_format),
     **{name: RowReader(format) for name, format in ROW_FORMATS.items()},
 }

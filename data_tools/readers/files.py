@@ -22,9 +22,9 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     for suffix in reversed(SUFFIXES):  # Parquet first: beside it there may be notes in JSON
-        found = sorted(file for file in path.rglob(f"*{suffix}") if file.is_file())
-        if found:
-            return found
+        files = sorted(file for file in path.rglob(f"*{suffix}") if file.is_file())
+        if files:
+            return files
     return []
 
 

@@ -28,27 +28,27 @@ class Generic:
     mapping: Mapping[str, str] = field(default_factory=dict)  # field -> column
 
     def fits(self, row: Row) -> bool:
-        found = self._fields(row)
-        return all(isinstance(found.get(name), str) for name in ("prompt", "chosen"))
+        fields = self._fields(row)
+        return all(isinstance(fields.get(name), str) for name in ("prompt", "chosen"))
 
     def read_row(self, row: Row, place: Place) -> Iterator[Record | Drop]:
-        found = self._fields(row)
+        fields = self._fields(row)
         yield Record(
-            id=place.id_of({"id": found.get("id", row.get("id"))}),
-            source=place.source_of(found),
-            prompt=text_of(found, "prompt"),
-            chosen=text_of(found, "chosen"),
-            rejected=text_of(found, "rejected") if "rejected" in found else None,
-            answer=accepted_of(found),
+            id=place.id_of({"id": fields.get("id", row.get("id"))}),
+            source=place.source_of(fields),
+            prompt=text_of(fields, "prompt"),
+            chosen=text_of(fields, "chosen"),
+            rejected=text_of(fields, "rejected") if "rejected" in fields else None,
+            answer=accepted_of(fields),
         )
 
     def _fields(self, row: Row) -> dict[str, Any]:
-        found = {name: reach(row, column) for name, column in self.mapping.items() if name != IMAGE}
+        fields = {name: reach(row, column) for name, column in self.mapping.items() if name != IMAGE}
         for name, columns in _USUAL.items():
             column = next((column for column in columns if row.get(column) is not None), None)
-            if name not in found and column is not None:
-                found[name] = row[column]
-        return found
+            if name not in fields and column is not None:
+                fields[name] = row[column]
+        return fields
 
 
 def parse_mapping(texts: list[str]) -> dict[str, str]:

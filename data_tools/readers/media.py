@@ -113,13 +113,13 @@ def _read(value: Any, name: str) -> tuple[Image, ...]:
     return images
 
 
-def _agreed(found: dict[str, tuple[Image, ...]], carried: tuple[Image, ...]) -> tuple[Image, ...]:
+def _agreed(columns: dict[str, tuple[Image, ...]], carried: tuple[Image, ...]) -> tuple[Image, ...]:
     if carried:
-        found = {**found, "the messages": carried}
-    if not found:
+        columns = {**columns, "the messages": carried}
+    if not columns:
         return ()
-    first, images = next(iter(found.items()))
-    for name, others in found.items():
+    first, images = next(iter(columns.items()))
+    for name, others in columns.items():
         if not _same(images, others):
             raise Malformed(
                 f"{first} and {name} hold different pictures; say which with --map image={first} (or =ANOTHER)", UNREAD

@@ -54,7 +54,7 @@ def turns_of(messages: Any, field: str, speaker: str = "from", text: str = "valu
 
 def images_in(messages: Any, text: str = "value") -> tuple[Image, ...]:
     """The pictures that the messages carry themselves; () where their parts only say where one belongs."""
-    found: list[tuple[bool, tuple[Image, ...]]] = []  # (whether all of its parts of type image carry one, pictures)
+    pictures: list[tuple[bool, tuple[Image, ...]]] = []  # (whether all of its parts of type image carry one, pictures)
     for message in messages:
         if isinstance(message, dict):
             content = message.get(text)
@@ -62,10 +62,10 @@ def images_in(messages: Any, text: str = "value") -> tuple[Image, ...]:
             carried = [as_images(_carried(part)) or () for part in parts]
             images = tuple(image for images in carried for image in images)
             beside = _pictures_beside(message, text, images)
-            found.append((all(carried) or len(beside) == len(parts), beside))
-    if any(images for _, images in found) and not all(whole for whole, _ in found):
+            pictures.append((all(carried) or len(beside) == len(parts), beside))
+    if any(images for _, images in pictures) and not all(whole for whole, _ in pictures):
         raise Malformed("some parts of type image carry a picture that can be read, and others do not", UNREAD)
-    return tuple(image for _, images in found for image in images)
+    return tuple(image for _, images in pictures for image in images)
 
 
 def question_of(turns: Sequence[Turn], field: str) -> tuple[tuple[Turn, ...], str]:
@@ -112,12 +112,12 @@ def require_media_of_texts(record: Record) -> None:
 
 def _marks_in(text: str) -> list[str]:
     """The marks with which a line of the text begins or ends."""
-    found = []
+    marks = []
     for mark in _MARK.finditer(text):
         before, after = text[: mark.start()].rpartition("\n")[2], text[mark.end() :].partition("\n")[0]
         if not before.strip() or not after.strip():
-            found.append(mark[0])
-    return found
+            marks.append(mark[0])
+    return marks
 
 
 def take_off_prompt(record: Record) -> Record:

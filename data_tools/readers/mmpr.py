@@ -89,8 +89,8 @@ def _read_row(row: Any, place: Place, repeat_time: float, image_column: str | No
     id = place.id_of(None)
     if isinstance(row, dict):
         row = {**row, "id": None, "ds_name": None}
-    for found in read_row(rlaif_v, row, place, image_column):
-        if isinstance(found, Record):
-            yield replace(found, id=id, source=place.source, repeat_time=repeat_time)
+    for record in read_row(rlaif_v, row, place, image_column):
+        if isinstance(record, Record):
+            yield replace(record, id=id, source=place.source, repeat_time=repeat_time)
         else:
-            yield replace(found, id=id)
+            yield replace(record, id=id)

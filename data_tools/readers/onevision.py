@@ -40,10 +40,10 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     from omegaconf import OmegaConf
 
     try:
-        found: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        listed: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # yaml.YAMLError or OmegaConf's own; naming them would make yaml a dependency of ours
         raise ValueError(f"{path} is not YAML ({error})") from error
-    entries = found.get("datasets") if isinstance(found, dict) else None
+    entries = listed.get("datasets") if isinstance(listed, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("json_path") for e in entries):
         raise ValueError(f"{path}: expected datasets as a list of {{json_path, sampling_strategy}}")
     return entries

@@ -22,8 +22,8 @@ def fits(row: Row) -> bool:
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
     inner = _inner(row)
-    for found in rlaif_v.read_row({**row, **inner}, place):
-        yield replace(found, images=images_of(inner)) if isinstance(found, Record) else found
+    for record in rlaif_v.read_row({**row, **inner}, place):
+        yield replace(record, images=images_of(inner)) if isinstance(record, Record) else record
 
 
 def _inner(row: Row) -> Row:

@@ -74,13 +74,13 @@ def read_row(format: RowFormat, row: Any, place: Place, image_column: str | None
     try:
         if not isinstance(row, dict):
             raise Malformed("not a JSON object")
-        for found in format.read_row(row, place):
-            if isinstance(found, Record):
-                images = images_of(row, image_column, carried=found.images)
-                found = take_off_prompt(replace(found, images=images, folders=place.folders))
+        for record in format.read_row(row, place):
+            if isinstance(record, Record):
+                images = images_of(row, image_column, carried=record.images)
+                record = take_off_prompt(replace(record, images=images, folders=place.folders))
                 if image_column != "":
-                    require_media_of_texts(found)
-            yield found
+                    require_media_of_texts(record)
+            yield record
     except Malformed as error:
         yield Drop(error.reason, place.name_of(row), str(error))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -94,8 +94,8 @@ def text_of(row: Row, *names: str) -> str:
     for name in names:
         if isinstance(row.get(name), str):
             return row[name]
-    found = {name: type(row.get(name)).__name__ for name in names}
-    raise Malformed(f"expected {' or '.join(names)} as text, found {found}")
+    kinds = {name: type(row.get(name)).__name__ for name in names}
+    raise Malformed(f"expected {' or '.join(names)} as text, found {kinds}")
 
 
 def label_of(row: Any, field: str) -> str | None:

@@ -21,22 +21,22 @@ def fits(row: Row) -> bool:
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
-    id, found = place.id_of(row), 0
+    id, num_pairs = place.id_of(row), 0
     scored = [(score, text) for text, score in _scored(row.get("completions")) if score is not None]
     for (one, left), (other, right) in combinations(scored, 2):
         if one == other:
             continue
         best, worst = (left, right) if one > other else (right, left)
         yield Record(
-            id=f"{id}#{found}",
+            id=f"{id}#{num_pairs}",
             source=place.source,
             prompt=text_of(row, "prompt"),
             chosen=best,
             rejected=worst,
             margin=abs(one - other),
         )
-        found += 1
-    if not found:
+        num_pairs += 1
+    if not num_pairs:
         yield Drop("no pair", id, f"{len(scored)} completions with numbers as ratings, none better than another")
 
 

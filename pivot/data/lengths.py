@@ -141,11 +141,11 @@ def _parse_records(data: bytes, samples: int) -> np.ndarray | None:
     return records if records.dtype == LENGTH_RECORD and records.shape == (samples,) else None
 
 
-Counter = Callable[[list[int]], Iterator[tuple[int, Iterable[np.ndarray]]]]
+CountShards = Callable[[list[int]], Iterator[tuple[int, Iterable[np.ndarray]]]]
 
 
 @contextlib.contextmanager
-def _counting(shards: ShardSet, processor: Processor, workers: int) -> Iterator[Counter]:
+def _counting(shards: ShardSet, processor: Processor, workers: int) -> Iterator[CountShards]:
     """A function from shard numbers to (number, blocks of LENGTH_RECORD), in their order."""
     if not workers:
         yield lambda numbers: ((i, _count_blocks(shards, processor, i)) for i in numbers)

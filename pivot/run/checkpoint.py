@@ -77,9 +77,9 @@ def save(
 ) -> Path:
     """Write and publish the checkpoint of `step`; collective. `state` comes back from `load`, the same on all ranks.
 
-    `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints). A rank that fails says so and ends the
-    process: the others wait inside DeepSpeed's barriers, where only the launcher can reach them. What was published before
-    stays untouched. OSError (ENOSPC) when the disk is too small.
+    `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints). What was published before stays as it
+    is. A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
+    launcher can reach them. OSError (ENOSPC) when the disk is too small.
     """
     final = distributed.broadcast(step_folder(checkpoints, step))
     partial = final.with_name(final.name + ".tmp")
