@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pivot.evaluate.intervals import difference, share
+from pivot.evaluate.intervals import Interval, change_text, difference, share, share_text
 
 
 def test_share_is_wilsons_interval_where_samples_are_independent() -> None:
@@ -44,3 +44,8 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         interval = share((random.random(320) < hard).astype(float), groups)
         held += interval.low <= 2 / 3 <= interval.high
     assert 0.92 <= held / 300 <= 0.98  # found: 0.95
+
+
+def test_intervals_as_text() -> None:
+    assert share_text(Interval(0.9124, 0.9, 0.92449)) == "0.912 [0.900, 0.924]"
+    assert change_text(Interval(0.05, -0.0067, 0.0931)) == "+0.050 [-0.007, +0.093]"

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pivot.system.files import write_atomically
+from pivot.system.files import read_json_lines, write_atomically
 
 
 @pytest.mark.parametrize("step", ["fsync", "rename"])
@@ -23,3 +23,27 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert [file.name for file in path.parent.iterdir()] == ["a.json"] and path.read_text() == "old"
     write_atomically(path, b"new")
     assert path.read_text() == "new"
+
+
+def test_a_line_counts_when_it_is_an_object(tmp_path):
+    """Foreign lines are None and stay in their places with their bytes; U+2028 inside a text ends no line."""
+    lines = [b'{"step": 1}\n', b"[1]\n", b"\n", b"\xff\xfe\n", b'{"a": NaN}\n', b"[" * 5000 + b"\n"]
+    lines += ['{"text": "one\u2028two"}\r\n'.encode(), b'{"step": 2}\n', b'{"step": 3}']
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"".join(lines))
+    read = list(read_json_lines(path))
+    assert [line for line, _ in read] == lines
+    none = [None] * 5
+    assert [row for _, row in read] == [{"step": 1}, *none, {"text": "one\u2028two"}, {"step": 2}, {"step": 3}]
+
+
+@pytest.mark.parametrize("length", range(1, 13))
+def test_a_cut_line_is_none_wherever_it_was_cut(tmp_path, length):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + b'{"step": 12}'[:length])
+    _, (_, row) = read_json_lines(path)
+    assert row == ({"step": 12} if length == 12 else None)
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path):
+    assert list(read_json_lines(tmp_path / "log.jsonl")) == []
