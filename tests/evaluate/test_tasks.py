@@ -39,7 +39,7 @@ class EvenRows:
 
 @pytest.fixture
 def with_even_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = (*tasks.TASKS, EvenRows)
+    listed = (tasks.preference, tasks.vqa, tasks.rewards, EvenRows)
     monkeypatch.setattr(tasks, "TASKS", listed)
     monkeypatch.setattr(evaluator, "TASKS", listed)
     monkeypatch.setenv("COLUMNS", "200")
