@@ -114,7 +114,7 @@ def test_print_config_resolves(folder: Path, capsys: pytest.CaptureFixture[str])
         (["objective.dpo.reference={folder}/nothing"], "no folder"),
         (["checkpoint.resume=required"], "holds no checkpoint"),
         (["train.precision=bf16", "deepspeed=ds_configs/zero0.json"], "no fp32 gradient accumulation for bf16"),
-        (["model.vision_tower.layer=-9"], "model.vision_tower.layer: found -9"),
+        (["model.vision_tower.layer=-9"], "model.vision_tower.layer: -9, but"),
         (["model.projector=linear"], "model.projector"),
         (["data.chat_template=nothing.jinja"], "data.chat_template"),
     ],
