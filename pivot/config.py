@@ -218,8 +218,8 @@ class TrainConfig:
     )
     activation_checkpointing: str = key(
         "none",
-        "what backward computes again. selective: norms, activations and gathered keys, about half of what a block "
-        "keeps for a few percent of time; full: whole blocks, for a third more time",
+        "what backward computes again. selective: norms, activations and gathered keys, so that 0.7 of what is kept "
+        "remains, for a few percent of time; full: whole blocks, for a third more time",
         choices=("none", "selective", "full"),
         resume=True,
     )

@@ -67,8 +67,8 @@ class Timer:
         self._peak_gib = 0.0
 
     def add(self, *, peak_memory_gib: float, **sums: float) -> None:
-        """A finished step of all ranks: `pairs`, `tokens` and `room` (of the rows), `flops`, `hardware_flops`; `wait_s`
-        for data, of the rank that waited longest."""
+        """A finished step of all ranks: `pairs`, `tokens` and `room` (of the rows), `flops`; `wait_s` for data, of
+        the rank that waited longest."""
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._peak_gib = max(self._peak_gib, peak_memory_gib)
@@ -79,15 +79,8 @@ class Timer:
         self._started, self._sums = time.perf_counter(), {}
         if not sums:
             return {}
-        rates = (
-            {}
-            if self._peak_flops is None
-            else {
-                "perf/mfu": sums["flops"] / elapsed / self._peak_flops,
-                "perf/hardware_mfu": sums["hardware_flops"] / elapsed / self._peak_flops,
-            }
-        )
-        return rates | {
+        mfu = {} if self._peak_flops is None else {"perf/mfu": sums["flops"] / elapsed / self._peak_flops}
+        return mfu | {
             "perf/pairs_per_s": sums["pairs"] / elapsed,
             "perf/tokens_per_s": sums["tokens"] / elapsed,
             "perf/data_wait_ratio": sums["wait_s"] / elapsed,

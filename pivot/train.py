@@ -106,8 +106,7 @@ class Trainer:
         # Now, while the engine still holds the weights that the run starts from.
         references = open_references(config, inputs, world, self.say, start_weights=self._score)
         self.reference, self.held_out_reference = references.train, references.held_out
-        again = config.train.activation_checkpointing == "full"  # what selective computes again is no matrix product
-        self.counter = build_counter(inputs.skeleton, config.optim.trained(), activation_checkpointing=again)
+        self.counter = build_counter(inputs.skeleton, config.optim.trained())
         self.state = RunState(config, folder, self.engine, inputs.plan, self.objective, world, self.say)
         self.state.restore(self.progress)
         self.log = RunLog(
@@ -215,7 +214,6 @@ class Trainer:
             batch, last = host_batch.to(device), number == step_plan.num_micro_batches - 1
             logps = run_micro_batch(self.engine, self.objective, batch, step_plan.counts, sums, last=last)
             sums.add({"tokens": batch.num_tokens, "flops": self.counter.useful(host_batch)})
-            sums.add({"hardware_flops": self.counter.hardware(host_batch)})
             if first and tolerance is not None and self.objective.margin_scale is not None:
                 margins.append(self.objective.margin_scale * start_margins(batch, logps))
         if watch is not None:
@@ -241,7 +239,7 @@ class Trainer:
     def _count_work(self, step_plan: Step, told: dict[str, float], timer: Timer) -> None:
         """Add a step's work, summed over the ranks, to what the run has spent and to the rates of the log."""
         work: dict[str, float] = {"pairs": step_plan.counts[SAMPLE]}
-        work |= {name: told[name] for name in ("tokens", "flops", "hardware_flops")}
+        work |= {name: told[name] for name in ("tokens", "flops")}
         self.progress.spent.add(**work)
         self.progress.masked += int(told["masked"])
         room = self.world.size * step_plan.num_micro_batches * self.config.train.max_tokens_per_micro_batch

@@ -83,6 +83,6 @@ def test_precision(
 
 def test_memory_is_that_of_the_rank_s_gpu(node: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    there, host = memory.memory_there(World(5, 8, GPU))
-    assert there == 80 * 2**30
-    assert memory.memory_there(World(5, 8, CPU)) == (host, host)
+    available, host = memory.available_memory(World(5, 8, GPU))
+    assert available == 80 * 2**30
+    assert memory.available_memory(World(5, 8, CPU)) == (host, host)

@@ -3,6 +3,10 @@
 A matrix product keeps its input for backward. Where that input is the result of a norm or an activation, whose own
 input is kept anyway, or a copy of keys that lie elsewhere, backward computes it again: bit for bit the same, for a few
 passes over memory, and a block keeps about half as much.
+
+PyTorch's own `create_selective_checkpoint_contexts` does not do: over DeepSpeed's ZeRO-3 it gave wrong gradients, by up
+to 5 % of the largest value, without an error. Elsewhere it keeps 0.89 of what this keeps, for 5 % more time; its other
+numbers are in docs/notes.md.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ def _held(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-_recipes: dict[int, _Recipe] | None = None  # by the address of the output's memory; None outside `recomputing`
+_recipes: dict[int, _Recipe] | None = None  # by the storage of the output; None outside `recomputing`
 
 
 @contextmanager
@@ -107,13 +111,13 @@ def _twin(module: nn.Module) -> nn.Module:
 
 def _note(output: Tensor, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Tensor:
     if _recipes is not None and output.requires_grad:
-        _recipes[output.untyped_storage().data_ptr()] = _Recipe(output, function, inputs)
+        _recipes[output.untyped_storage()._cdata] = _Recipe(output, function, inputs)
     return output
 
 
 def _pack(recipes: dict[int, _Recipe], tensor: Tensor) -> Any:
     """A recipe in place of a tensor that has one; what is kept may be a view, so its place in the memory goes along."""
-    recipe = recipes.get(tensor.untyped_storage().data_ptr())
+    recipe = recipes.get(tensor.untyped_storage()._cdata)
     if recipe is None or not recipe.gives(tensor):
         return tensor
     recipe.add_user()

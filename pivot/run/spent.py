@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -21,11 +21,15 @@ class Spent:
     pairs: int = 0  # SFT: samples
     tokens: int = 0  # of the rows, image tokens among them
     flops: float = 0.0  # useful ones: see flops.py
-    hardware_flops: float = 0.0
 
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
             setattr(self, name, getattr(self, name) + type(getattr(self, name))(amount))
+
+    def resume_from(self, saved: dict[str, float]) -> None:
+        """Add what a checkpoint holds: nothing before 0.3, and for a while also `hardware_flops`, which is left out."""
+        known = {field.name for field in fields(self)}
+        self.add(**{name: amount for name, amount in saved.items() if name in known})
 
     def row(self) -> dict[str, float]:
         """For the log: all but the hours of the kind of device that was not used."""

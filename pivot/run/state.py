@@ -71,7 +71,7 @@ class RunState:
         progress.masked = int(newest.state["plan"]["masked"])
         checkpoint.load(self._engine, newest, self._world, reshaped=reshaped)
         self._objective.load_state_dict(newest.state["objective"])
-        progress.spent.add(**newest.state.get("spent", {}))  # absent from checkpoints before 0.3
+        progress.spent.resume_from(newest.state.get("spent", {}))
         ranks, stage = written["world_size"], written["zero_stage"]
         before = f" (written by {ranks} ranks under ZeRO-{stage})" if reshaped else ""
         self._say(f"start      step {progress.step}, resumed from {newest.folder}{before}")

@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step, from the model's shapes: useful ones, and those really run.
+"""Useful floating-point operations of a training step, from the model's shapes: they balance the ranks, and give MFU.
 
 Useful are one forward and one backward of what a batch shares, 2 operations a multiply-add and matrix products alone.
-What a step recomputes to save memory is work of the hardware's, not of the user's. Useful counts balance the ranks.
+What a step recomputes to save memory is work of the machine's, not of the user's, and is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import nn
 from pivot.batch import DUMMY_SAMPLE, PackedBatch
 from pivot.data.units import Costs
 from pivot.models.decoder import query_matrix, reads_at_targets, target_matrices
-from pivot.models.head import keeps_logits
 from pivot.models.skeleton import Skeleton
 from pivot.trees import Segments
 
@@ -31,17 +30,14 @@ class Forward:
 
     patches: float  # an image: the patch embedding
     encoder: float  # an image: the blocks
-    encoder_last: float  # an image: of these, each block's last product, where recomputing a block may stop
     projector_in: float  # an image token: the first layer
     projector_rest: float
     blocks: float  # a token: the language model's, but for what the last block runs where it is read alone
-    blocks_last: float
     attention: float  # a query that attends to a key, over the layers in which every token asks
-    # Of the last block, where the model reads at targets; else nothing, and it is in the three above:
+    # Of the last block, where the model reads at targets; else nothing, and it is in the two above:
     read_query: float  # a query
     read_attention: float  # one that attends to a key
     read_target: float  # a target: behind its attention
-    read_target_last: float
     head: float  # a target
 
 
@@ -50,36 +46,31 @@ def count_forward(skeleton: Skeleton) -> Forward:
     tower, language_model = skeleton.vision_tower, skeleton.language_model
     grid = (tower.facts.size // tower.facts.patch_size) ** 2
     positions = grid + int(tower.facts.has_cls)
-    encoder, encoder_last = _block_flops(skeleton.encoder_blocks())
     layers = language_model.model.layers
-    blocks, blocks_last = _block_flops(layers)
     reads = reads_at_targets(language_model.config)
     read_query = 2.0 * query_matrix(layers[-1]).numel() if reads else 0.0
-    read_target = [2.0 * p.numel() for p in target_matrices(layers[-1])] if reads else [0.0]
+    read_target = sum(2.0 * p.numel() for p in target_matrices(layers[-1])) if reads else 0.0
     first, *rest = (2.0 * p.numel() for p in skeleton.projector.parameters() if p.ndim == 2)
     convolutions = [m for m in tower.model.modules() if isinstance(m, nn.Conv2d)]
     attention = 4.0 * skeleton.head_size * int(skeleton.text_config.num_attention_heads)
     return Forward(
         patches=sum(2.0 * grid * convolution.weight.numel() for convolution in convolutions),
-        encoder=positions * encoder + 4.0 * positions**2 * tower.width * tower.num_blocks,
-        encoder_last=positions * encoder_last,
+        encoder=positions * _block_flops(skeleton.encoder_blocks())
+        + 4.0 * positions**2 * tower.width * tower.num_blocks,
         projector_in=first,
         projector_rest=sum(rest),
-        blocks=blocks - read_query - sum(read_target),
-        blocks_last=blocks_last - read_target[-1],
+        blocks=_block_flops(layers) - read_query - read_target,
         attention=(len(layers) - reads) * attention,
         read_query=read_query,
         read_attention=reads * attention,
-        read_target=sum(read_target),
-        read_target_last=read_target[-1],
+        read_target=read_target,
         head=2.0 * language_model.lm_head.weight.numel(),
     )
 
 
-def _block_flops(blocks: nn.ModuleList) -> tuple[float, float]:
-    """(of all blocks, of each one's last matrix alone), a token."""
-    matrices = [[2.0 * p.numel() for p in block.parameters() if p.ndim == 2] for block in blocks]
-    return sum(map(sum, matrices)), sum(own[-1] for own in matrices)
+def _block_flops(blocks: nn.ModuleList) -> float:
+    """One forward of all blocks' matrices on a token."""
+    return sum(2.0 * p.numel() for p in blocks.parameters() if p.ndim == 2)
 
 
 def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
@@ -106,43 +97,32 @@ def training_costs(skeleton: Skeleton, trained: Sequence[str]) -> Costs:
 
 
 def _num_products(trained: Sequence[str]) -> float:
-    """Of a matrix of the language model: forward, its input's gradient if anything trains, its own if it trains."""
+    """How often a matrix of the language model multiplies: forward, for its input's gradient, and for its own."""
     return 1.0 + bool(trained) + ("language_model" in trained)
 
 
 @dataclass(frozen=True)
 class Counter:
-    """FLOPs of batches, from their shapes and host integers alone.
+    """Useful FLOPs of batches, from their shapes and host integers alone.
 
-    The plan's cost is the useful part, too, but for pairs that happen to share an image in a row: it counts each one's.
+    The plan's cost is the same, but for pairs that happen to share an image in a row: it counts each one's.
     """
 
     costs: Costs
-    recomputed: Costs
-    logits: float  # a target: computed again in backward, unless they were few enough to be kept
-    vocabulary: int
     tokens_per_image: int
 
     def useful(self, batch: PackedBatch) -> float:
         """Forward and backward of what the row holds, once; nothing for a dummy."""
         if bool((batch.sample_index == DUMMY_SAMPLE).all()):
             return 0.0
-        return self._count(self.costs, batch, batch.pixel_values.shape[0] if len(batch.image_positions) else 0)
-
-    def hardware(self, batch: PackedBatch) -> float:
-        """All that is run for a micro-batch: dummies, and what is computed again."""
-        targets, images = batch.target_ids.shape[0], batch.pixel_values.shape[0]
-        found = sum(self._count(costs, batch, images) for costs in (self.costs, self.recomputed))
-        return found if keeps_logits(targets, self.vocabulary) else found + self.logits * targets
-
-    def _count(self, costs: Costs, batch: PackedBatch, images: int) -> float:
+        images = batch.pixel_values.shape[0] if len(batch.image_positions) else 0
         return (
-            costs.per_token * batch.num_tokens
-            + costs.per_image_token * images * self.tokens_per_image
-            + costs.per_query * batch.reading.queries.shape[0]
-            + costs.per_target * batch.target_ids.shape[0]
-            + costs.per_attention * attended(batch.segments)
-            + costs.per_read_attention * attended(batch.reading.segments)
+            self.costs.per_token * batch.num_tokens
+            + self.costs.per_image_token * images * self.tokens_per_image
+            + self.costs.per_query * batch.reading.queries.shape[0]
+            + self.costs.per_target * batch.target_ids.shape[0]
+            + self.costs.per_attention * attended(batch.segments)
+            + self.costs.per_read_attention * attended(batch.reading.segments)
         )
 
 
@@ -156,30 +136,8 @@ def attended(segments: Segments) -> float:
     return own + prefix
 
 
-def build_counter(skeleton: Skeleton, trained: Sequence[str], *, activation_checkpointing: bool) -> Counter:
-    """What is computed twice: the head's logits where they are many, with `activation_checkpointing` the blocks.
-
-    A block is recomputed up to its last product, whose output backward does not need.
-    """
-    forward, tokens_per_image = count_forward(skeleton), skeleton.vision_tower.num_features
-    blocks = float(activation_checkpointing)
-    vision = blocks * float("vision_tower" in trained)
-    recomputed = Costs(
-        per_token=blocks * (forward.blocks - forward.blocks_last),
-        per_image_token=vision * (forward.encoder - forward.encoder_last) / tokens_per_image,
-        per_query=blocks * forward.read_query,
-        per_target=blocks * (forward.read_target - forward.read_target_last),
-        per_attention=blocks * forward.attention,
-        per_read_attention=blocks * forward.read_attention,
-    )
-    vocabulary = int(skeleton.language_model.lm_head.weight.shape[0])
-    return Counter(
-        training_costs(skeleton, trained),
-        recomputed,
-        logits=forward.head,
-        vocabulary=vocabulary,
-        tokens_per_image=tokens_per_image,
-    )
+def build_counter(skeleton: Skeleton, trained: Sequence[str]) -> Counter:
+    return Counter(training_costs(skeleton, trained), skeleton.vision_tower.num_features)
 
 
 def describe_flops(flops: float) -> str:

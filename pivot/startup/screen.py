@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import cache, partial
 
 from pivot.batch import SAMPLE
 from pivot.config import COMPONENTS, Config
 from pivot.data.plan import Plan
 from pivot.startup import memory
+from pivot.startup.activations import build_fullest_row, measure_activations
 from pivot.startup.flops import describe_flops
 from pivot.startup.inputs import Inputs
 from pivot.system.distributed import World
@@ -15,22 +16,18 @@ from pivot.versions import describe_untested
 
 
 def _memory_setup(config: Config, inputs: Inputs, world: World) -> memory.Setup:
-    plan, budget = inputs.plan, config.train.max_tokens_per_micro_batch
-    rows = [np.array(row) for rank in plan.step(0).micro_batches for row in rank if row]
-    lengths, targets = plan.lengths, plan.lengths.completion_tokens(plan.roles)
+    trained = config.optim.trained()
+    row = build_fullest_row(inputs.plan, inputs.processor.geometry)
+    measure = partial(measure_activations, inputs.skeleton, trained, inputs.dtype, row, inputs.attention.name)
     return memory.Setup(
         skeleton=inputs.skeleton,
-        trained=config.optim.trained(),
+        trained=trained,
         optimizer=config.optim.name,
         dtype=inputs.dtype,
         world_size=world.size,
         zero=inputs.deepspeed["zero_optimization"],
-        row=memory.Row(
-            tokens=max(min(budget, int((lengths.prompt + targets)[row].sum())) for row in rows),
-            images=max(int(lengths.image[row].sum()) for row in rows) // inputs.processor.geometry.num_tokens,
-            targets=max(int(targets[row].sum()) for row in rows),
-        ),
-        activation_checkpointing=config.train.activation_checkpointing,
+        checkpointing=config.train.activation_checkpointing,
+        activations=cache(measure),
     )
 
 
@@ -66,7 +63,7 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
             f"({inputs.total_steps / plan.steps_per_epoch:.2f} epochs)",
             f"rates      {rates}",
             f"ranks      {world.size} on {world.device.type}, ZeRO stage {stage}, {str(inputs.dtype).split('.')[1]}",
-            *memory.judge(_memory_setup(config, inputs, world), *memory.memory_there(world), place),
+            *memory.describe_memory(_memory_setup(config, inputs, world), *memory.available_memory(world), place),
             f"work       {describe_flops(each)} a {unit.removesuffix('s')}, {describe_flops(total)} in all",
             f"output     {config.output_dir}",
         ]

@@ -105,10 +105,10 @@ def test_log_holds_what_a_reader_looks_for(runs: Path) -> None:
         assert first[f"grad_norm/{component}"] > 0
         assert first[f"update_ratio/{component}"] > 0
     assert start["matmul_tflops"] > 0
-    for name in ("pairs_per_s", "tokens_per_s", "data_wait_ratio", "peak_memory_gib", "mfu", "hardware_mfu"):
+    for name in ("pairs_per_s", "tokens_per_s", "data_wait_ratio", "peak_memory_gib", "mfu"):
         assert first[f"perf/{name}"] > 0
     assert 0 < first["perf/row_fill"] <= 1
-    assert first["perf/mfu"] <= first["perf/hardware_mfu"] < 1  # equal: the few logits of this row are kept
+    assert first["perf/mfu"] < 1
 
 
 def test_a_stop_on_one_rank_stops_all_with_a_checkpoint(runs: Path) -> None:
@@ -123,9 +123,8 @@ def test_costs_are_counted_over_resumes(runs: Path) -> None:
     whole, parts = (rows(runs, name)[-1] for name in ("unbroken", "stopped"))
     assert whole["event"] == parts["event"] == "end"
     assert whole["pairs"] == parts["pairs"] == 30
-    for name in ("tokens", "flops", "hardware_flops"):
+    for name in ("tokens", "flops"):
         assert parts[name] == whole[name] > 0
-    assert whole["flops"] <= whole["hardware_flops"] < 2 * whole["flops"]
     assert parts["core_hours"] > 0 and "gpu_hours" not in parts
     assert whole["compare"] == {}
     ratios = {"flops": whole["flops"] / 1e12, "samples": 0.01}  # core-hours are no part of GPU-hours

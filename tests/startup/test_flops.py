@@ -19,7 +19,6 @@ from pivot.data.lengths import LENGTH_RECORD, Lengths
 from pivot.data.units import Work
 from pivot.encoders.library import resolve_encoder
 from pivot.encoders.tower import build_vision_tower
-from pivot.models import head as logprobs
 from pivot.models.language import build_language_model
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
@@ -108,7 +107,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def build(model: ModelConfig, trained: tuple[str, ...], *, recompute: bool) -> MLLM:
+def build(model: ModelConfig, trained: tuple[str, ...]) -> MLLM:
     dtype = torch.float32
     assert model.language_model.path is not None
     tower = build_vision_tower(resolve_encoder(model.vision_tower), dtype=dtype)
@@ -116,8 +115,6 @@ def build(model: ModelConfig, trained: tuple[str, ...], *, recompute: bool) -> M
     found = MLLM(tower, Projector("mlp2x_gelu", tower.width, language_model.config.hidden_size), language_model).train()
     for name in COMPONENTS:
         found.get_submodule(name).requires_grad_(name in trained)
-    if recompute:
-        found.enable_activation_checkpointing("full")
     return found
 
 
@@ -179,7 +176,7 @@ def counted_by_torch(model: MLLM, batch: PackedBatch) -> tuple[float, float]:
     return counter.products, counter.attention
 
 
-def our_attention(skeleton: Skeleton, batch: PackedBatch, trained: tuple[str, ...], *, recompute: bool) -> Rectangles:
+def our_attention(skeleton: Skeleton, batch: PackedBatch, trained: tuple[str, ...]) -> Rectangles:
     """What our count holds for attention; and the same as PyTorch counts it, which swaps the rectangles in.
 
     It counts every query with every key of a chain, masked or not, and 2.5 forwards for a backward, since the fused
@@ -195,34 +192,28 @@ def our_attention(skeleton: Skeleton, batch: PackedBatch, trained: tuple[str, ..
     ):
         rectangle += sum(chain.num_queries * chain.num_keys for chain in segments.chains) * flops
         own += attended(segments) * flops
-    again = float(recompute)
     vision = float("vision_tower" in trained)
     return Rectangles(
-        ours=encoder * (1 + vision * (2 + again)) + own * (3 + again),
-        torchs=encoder * (1 + vision * (2.5 + again)) + rectangle * (3.5 + again),
+        ours=encoder * (1 + 2 * vision) + 3 * own,
+        torchs=encoder * (1 + 2.5 * vision) + 3.5 * rectangle,
     )
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("trained", [COMPONENTS, ("projector",), ("language_model",), ("vision_tower", "projector")])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torchs_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, trained: tuple[str, ...], recompute: bool
-) -> None:
+def test_equals_torchs_count(tmp_path: Path, shape: str, trained: tuple[str, ...]) -> None:
     """Forward and backward of the real model, product by product; seen equal to the last digit.
 
-    With `recompute` the head keeps no logits either, as with a large vocabulary.
+    Nothing is computed twice here: the few logits are kept, and so is what the blocks compute.
     """
-    if recompute:
-        monkeypatch.setattr(logprobs, "KEPT_LOGITS", 0)
     config = model_of(tmp_path, **SHAPES[shape])
     skeleton = build_skeleton(config, NUM_TOKENS)
     batch = pairs_with_images(skeleton, 3)
-    model = build(config, trained, recompute=recompute)
+    model = build(config, trained)
     multiplied, fused = counted_by_torch(model, batch)
-    found = build_counter(skeleton, trained, activation_checkpointing=recompute).hardware(batch)
-    attention = our_attention(skeleton, batch, trained, recompute=recompute)
-    assert found - attention.ours == pytest.approx(multiplied, rel=1e-9)
+    useful = build_counter(skeleton, trained).useful(batch)
+    attention = our_attention(skeleton, batch, trained)
+    assert useful - attention.ours == pytest.approx(multiplied, rel=1e-9)
     assert attention.torchs == pytest.approx(fused, rel=1e-9)
 
 
@@ -261,27 +252,25 @@ def test_a_pair_at_the_limit(tmp_path: Path, language: str, tflop: float) -> Non
 
 
 def test_the_plan_counts_what_the_batch_holds(tmp_path: Path) -> None:
-    """Useful FLOPs known before a pair is read = those of the row it becomes; a dummy has none, but is run."""
+    """Useful FLOPs known before a pair is read = those of the row it becomes; a dummy has none."""
     skeleton = build_skeleton(model_of(tmp_path), NUM_TOKENS)
-    batch, counter = pairs_with_images(skeleton, 1), build_counter(skeleton, COMPONENTS, activation_checkpointing=False)
+    batch, counter = pairs_with_images(skeleton, 1), build_counter(skeleton, COMPONENTS)
     planned = Work(lengths_of(16 + 20, 16, 31, 17), (CHOSEN, REJECTED), counter.costs).costs[0]
     assert counter.useful(batch) == pytest.approx(planned, rel=1e-12)
-    assert counter.hardware(batch) == pytest.approx(planned, rel=1e-12)  # 48 targets of 320 words: logits are kept
     dummy = replace(batch, sample_index=torch.tensor([DUMMY_SAMPLE]))
-    assert counter.useful(dummy) == 0 and counter.hardware(dummy) == counter.hardware(batch)
+    assert counter.useful(dummy) == 0
 
 
 def test_a_shared_image_is_encoded_once(tmp_path: Path) -> None:
     """Two pairs about one image in a row: the encoder's work of one; a row without images has none that is useful."""
     skeleton = build_skeleton(model_of(tmp_path), NUM_TOKENS)
-    counter = build_counter(skeleton, COMPONENTS, activation_checkpointing=False)
+    counter = build_counter(skeleton, COMPONENTS)
     batch = pairs_with_images(skeleton, 2)
     shared = replace(batch, pixel_values=batch.pixel_values[:1])
     image = counter.costs.per_image_token * 16
     assert counter.useful(batch) - counter.useful(shared) == pytest.approx(image)
     text = replace(shared, image_positions=torch.zeros(0, dtype=torch.long))
     assert counter.useful(shared) - counter.useful(text) == pytest.approx(image)
-    assert counter.hardware(text) == counter.hardware(shared)
 
 
 def test_the_matrix_rate_is_that_of_a_machine() -> None:

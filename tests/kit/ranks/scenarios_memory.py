@@ -13,7 +13,7 @@ from pivot.config import COMPONENTS, Config
 from pivot.config_check import read_deepspeed_json
 from pivot.models.build import resolve_sources
 from pivot.models.skeleton import build_skeleton
-from pivot.startup.memory import Row, Setup, estimate
+from pivot.startup.memory import Setup, estimate
 from tests.kit.ranks.scenarios import build, optim_config, pair
 
 # (optimizer, frozen components, stage, bf16)
@@ -63,8 +63,8 @@ def measure(folder: Path) -> None:
             dtype=torch.bfloat16 if bf16 else torch.float32,
             world_size=dist.get_world_size(),
             zero=read_deepspeed_json(f"ds_configs/zero{stage}.json")["zero_optimization"],
-            row=Row(1, 1, 1),
-            activation_checkpointing="none",
+            checkpointing="none",
+            activations=lambda checkpointing: 0.0,
         )
         found[f"{name}-{num_frozen}-{stage}-{bf16}"] = {"held": max(held), "states": estimate(setup).states}
         del engine
