@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from pivot.batch import CHOSEN_TOKEN, SAMPLE, TARGET_TOKEN
 from pivot.data.dealing import best_fit_decreasing, cut, deal
 from pivot.data.order import EpochOrder, permutation
 from pivot.data.units import Costs
@@ -61,7 +62,7 @@ def test_a_limit_ends_the_stream_with_a_shorter_step():
     assert plan.num_steps == 3
     assert [len(plan.step(step).ids) for step in range(3)] == [8, 8, 4]
     assert sorted(np.concatenate([plan.step_ids(step) for step in range(3)])) == list(range(20))
-    assert plan.step(2).counts.pair == 4
+    assert plan.step(2).counts[SAMPLE] == 4
 
 
 def test_windows_hold_whole_shards_and_mix_them():
@@ -143,10 +144,10 @@ def test_ranks_are_even():
 def test_counts_are_those_of_the_ids():
     lengths = random_lengths(30)
     counts, ids = plan_of(lengths).step(2).counts, plan_of(lengths).step_ids(2)
-    assert counts.pair == 8
-    assert counts.chosen_token == lengths.chosen[ids].sum()
-    assert counts.target_token == lengths.chosen[ids].sum() + lengths.rejected[ids].sum()
-    assert plan_of(lengths, roles=("chosen",)).step(2).counts.target_token == counts.chosen_token
+    assert counts[SAMPLE] == 8
+    assert counts[CHOSEN_TOKEN] == lengths.chosen[ids].sum()
+    assert counts[TARGET_TOKEN] == lengths.chosen[ids].sum() + lengths.rejected[ids].sum()
+    assert plan_of(lengths, roles=("chosen",)).step(2).counts[TARGET_TOKEN] == counts[CHOSEN_TOKEN]
 
 
 def test_long_and_equal_pairs_are_excluded_and_counted():
