@@ -82,9 +82,9 @@ def attention(options: argparse.Namespace, dtype: torch.dtype) -> list[dict[str,
             row["refused"] = str(error)
             continue
         states = _states(small, heads, key_heads, width, dtype, device)
-        found = backend(*states, small.move(lambda x: x.to(device)), width**-0.5).double()
+        output = backend(*states, small.move(lambda x: x.to(device)), width**-0.5).double()
         exact = oracle(*states, small)
-        row["error"] = float((found - exact).abs().max())
+        row["error"] = float((output - exact).abs().max())
         row["error_of_sdpa"] = float((BACKENDS["sdpa"](*states, small, width**-0.5).double() - exact).abs().max())
         on_device = large.move(lambda x: x.to(device))
         states = [x.requires_grad_() for x in _states(large, heads, key_heads, width, dtype, device)]

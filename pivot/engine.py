@@ -390,9 +390,9 @@ class Engine:
                 int(engine.zero_param_persistence_threshold()),
                 threshold,
             )
-        for key, (found, expected) in held.items():
-            if found != expected:
-                raise RuntimeError(f"DeepSpeed holds {key} = {found}, expected {expected}; write it in the JSON")
+        for key, (value, expected) in held.items():
+            if value != expected:
+                raise RuntimeError(f"DeepSpeed holds {key} = {value}, expected {expected}; write it in the JSON")
 
 
 def _require_same_parameters(saved: SavedShards, trained: list[str]) -> None:

@@ -134,10 +134,10 @@ def find_file(path: str, name: str) -> Path | None:
     """A file of a folder or hub id, None where there is none (offline a hub cache may not know whether there is)."""
     if Path(path).is_file():  # a bare configuration: what lies beside it may be another model's
         return None
-    found = cached_file(
+    cached = cached_file(
         path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
-    return Path(found) if found else None
+    return Path(cached) if cached else None
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:

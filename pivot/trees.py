@@ -105,12 +105,12 @@ class Segments:
 
     def ancestors(self, segment: int) -> list[int]:
         """The segments that `segment` attends to in full, root first."""
-        found = []
+        path = []
         parent = int(self.parent[segment])
         while parent != -1:
-            found.append(parent)
+            path.append(parent)
             parent = int(self.parent[parent])
-        return found[::-1]
+        return path[::-1]
 
     @cached_property
     def chains(self) -> tuple[Chain, ...]:

@@ -43,7 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
-    wanted = _settle(options)
+    wanted = _resolve(options)
     filters = Filters(
         conditions=tuple(parse_where(text) for text in options.where),
         num_images=wanted["images"],
@@ -77,16 +77,16 @@ def run(options: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _settle(options: argparse.Namespace) -> dict[str, Any]:
+def _resolve(options: argparse.Namespace) -> dict[str, Any]:
     """The preset's settings under those that are given."""
-    settled: dict[str, Any] = {"num": None, "seed": 0, "by": "rows", "images": None, "max_tokens": None, "without": []}
-    settled |= PRESETS.get(options.preset, {})
-    settled |= {name: getattr(options, name) for name in settled if getattr(options, name) is not None}
+    resolved: dict[str, Any] = {"num": None, "seed": 0, "by": "rows", "images": None, "max_tokens": None, "without": []}
+    resolved |= PRESETS.get(options.preset, {})
+    resolved |= {name: getattr(options, name) for name in resolved if getattr(options, name) is not None}
     if options.no_special_tokens:
-        settled["without"] = sorted({*settled["without"], *SPECIAL})
-    if settled["max_tokens"] is not None and options.tokenizer is None:
+        resolved["without"] = sorted({*resolved["without"], *SPECIAL})
+    if resolved["max_tokens"] is not None and options.tokenizer is None:
         raise ValueError("a limit on tokens needs --tokenizer: the folder or hub id of the model's (PIVOT: Qwen2.5)")
-    return settled
+    return resolved
 
 
 class _TokenCount:

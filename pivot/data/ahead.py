@@ -59,21 +59,21 @@ class FetchAhead:
 
     def upcoming(self, step: int) -> list[int]:
         """The next shards that are read from `step` on, the first needed first: at most max_shards, and what fits."""
-        found: dict[int, None] = {}
+        numbers_ahead: dict[int, None] = {}
         room = self._shards.cache_bytes
         last = step + 2 * self._steps_per_window()
         while step < last and (self._plan.num_steps is None or step < self._plan.num_steps):
             numbers = np.searchsorted(self._shards.first_rows, self._plan.step_ids(step), side="right") - 1
             for number in numbers.tolist():
-                if number in found:
+                if number in numbers_ahead:
                     continue
                 size = self._shards.shards[number].bytes
-                if len(found) == self._max_shards or (room is not None and size > room):
-                    return list(found)
-                found[number] = None
+                if len(numbers_ahead) == self._max_shards or (room is not None and size > room):
+                    return list(numbers_ahead)
+                numbers_ahead[number] = None
                 room = None if room is None else room - size
             step += 1
-        return list(found)
+        return list(numbers_ahead)
 
     def _steps_per_window(self) -> int:
         samples = max(self._shards.shard_sizes) * WINDOW_SHARDS

@@ -83,11 +83,11 @@ def check_shard(folder: str, shard: Shard) -> None:
     """Raise ValueError unless the tar of a local set is there and as long as the manifest says."""
     path = f"{folder}/shards/{shard.name}.tar"
     try:
-        found = os.stat(path).st_size
+        size = os.stat(path).st_size
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing, though manifest.json lists it; copy the data set again") from error
-    if found != shard.bytes:
-        raise ValueError(f"{path} holds {found} bytes, manifest.json says {shard.bytes}; the copy is cut: repeat it")
+    if size != shard.bytes:
+        raise ValueError(f"{path} holds {size} bytes, manifest.json says {shard.bytes}; the copy is cut: repeat it")
 
 
 def read_index(folder: str, shard: Shard, cache: ShardCache | None, block: memoryview) -> None:

@@ -211,8 +211,8 @@ def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int,
 
 def image_prefix(prompt: np.ndarray, image_token_id: int) -> int:
     """How many tokens the prompt has up to its last image token; 0 without one."""
-    found = np.flatnonzero(prompt == image_token_id)
-    return int(found[-1]) + 1 if len(found) else 0
+    places = np.flatnonzero(prompt == image_token_id)
+    return int(places[-1]) + 1 if len(places) else 0
 
 
 def _hash_prefix(tokens: np.ndarray, images: list[str]) -> int:

@@ -108,12 +108,12 @@ class MicroBatches(Dataset):
         return Example(row, encoded.prompt, completions, [decoded[name] for name in names], names)
 
     def _check_lengths(self, row: int, encoded: EncodedPair, num_images: int) -> None:
-        found = {"prompt": len(encoded.prompt)} | {r: len(encoded.completions[r]) for r in self._roles}
-        expected = {name: int(getattr(self._lengths, name)[row]) for name in found}
-        if found != expected:
+        encoded_lengths = {"prompt": len(encoded.prompt)} | {r: len(encoded.completions[r]) for r in self._roles}
+        expected = {name: int(getattr(self._lengths, name)[row]) for name in encoded_lengths}
+        if encoded_lengths != expected:
             raise ValueError(
-                f"{self._shards.describe(row)}: {found} tokens, but the plan counted {expected}; the token counts in "
-                "data.cache_dir are not of this processor: delete its lengths folder"
+                f"{self._shards.describe(row)}: {encoded_lengths} tokens, but the plan counted {expected}; the token counts "
+                "in data.cache_dir are not of this processor: delete its lengths folder"
             )
         if encoded.num_images != num_images:
             raise ValueError(

@@ -60,11 +60,11 @@ def read_part(path: str | Path, cache: ShardCache | None) -> Part:
         raise ValueError(f"{shown(folder)} is remote and there is no shard cache; copy the set to this machine first")
     manifest = _read_manifest(folder, cache)
     shards = [Shard(**entry) for entry in manifest["shards"]]
-    found = set_fingerprint(shards)
-    if found != manifest["fingerprint"]:
+    listed = set_fingerprint(shards)
+    if listed != manifest["fingerprint"]:
         raise ValueError(
             f"{shown(folder)}/manifest.json: fingerprint {manifest['fingerprint'][:12]} does not match its shard list "
-            f"({found[:12]}); {MANIFEST_MEND}"
+            f"({listed[:12]}); {MANIFEST_MEND}"
         )
     return Part(folder, manifest["name"], manifest["fingerprint"], manifest, tuple(shards))
 

@@ -101,7 +101,7 @@ class ShardCache:
                     part = self._make_room(path, num_bytes if suffix == ".tar" else 0)
                     try:
                         _download(url, part, sha256, num_bytes)
-                        with self._settled():
+                        with self._undisturbed():
                             part.replace(path)
                     finally:
                         part.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class ShardCache:
             logger.warning("%s; going on without this file, which need not exist", error)
             return None
 
-    def _settled(self) -> contextlib.AbstractContextManager[None]:
+    def _undisturbed(self) -> contextlib.AbstractContextManager[None]:
         """Hold off all that removes, adds or renames: who lists the folder meanwhile sees gone and new ones together,
         or misses one."""
         return locked(self.folder / "evict.lock")
@@ -147,7 +147,7 @@ class ShardCache:
             raise ValueError(
                 f"{self.folder}: a shard of {num_bytes} bytes is over the cap of {self.max_bytes}; raise it"
             )
-        with self._settled():
+        with self._undisturbed():
             files = self._files()
             used = sum(size for _, size, _ in files)
             for used_at, size, old in files:

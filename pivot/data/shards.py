@@ -199,14 +199,14 @@ class ShardSet:
         """
         buffer = self.read_span(row)
         sample, listed, _ = self._take_apart(row, buffer)
-        found = [name if kind in REGULAR else f"{name} (type {kind})" for name, kind, _ in walk_entries(buffer)]
-        key, more = listed[0].removesuffix("json"), found[len(listed) :]
+        members = [name if kind in REGULAR else f"{name} (type {kind})" for name, kind, _ in walk_entries(buffer)]
+        key, more = listed[0].removesuffix("json"), members[len(listed) :]
         pictures = all(name.startswith(key) and PICTURE.fullmatch(name.removeprefix(key)) for name in more)
-        if found[: len(listed)] != listed or not pictures or len(set(found)) < len(found):
+        if members[: len(listed)] != listed or not pictures or len(set(members)) < len(members):
             shard, _ = self.locate(row)
             raise ValueError(
-                f"{self.describe(row)}: holds the members {found}, expected {listed} and pictures at most; another may "
-                f"be code: python -m data_tools pack {self._folders[shard]}/shards --out NEW leaves it out"
+                f"{self.describe(row)}: holds the members {members}, expected {listed} and pictures at most; another "
+                f"may be code: python -m data_tools pack {self._folders[shard]}/shards --out NEW leaves it out"
             )
         return sample, buffer
 

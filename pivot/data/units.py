@@ -78,10 +78,10 @@ class Work:
             together.setdefault(group, []).append(place)
         whole = [self._unit(ids, places) for places in together.values()]
         fair = sum(unit.cost for unit in whole) / num_shares
-        found = []
+        units = []
         for unit in whole:
-            found += self._cut(ids, unit, max_tokens, fair)
-        return found
+            units += self._cut(ids, unit, max_tokens, fair)
+        return units
 
     def _cut(self, ids: np.ndarray, unit: Unit, max_tokens: int, max_cost: float) -> list[Unit]:
         if len(unit.places) == 1 or (unit.tokens <= max_tokens and unit.cost <= max_cost):

@@ -37,8 +37,8 @@ def check_prompt(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
 
 def check_completion(role: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
     if len(messages) != 1 or messages[0].get("role") != "assistant":
-        found = [message.get("role") for message in messages]
-        raise ValueError(f"{role}: found messages of {found}; expected exactly one, of the assistant")
+        roles = [message.get("role") for message in messages]
+        raise ValueError(f"{role}: found messages of {roles}; expected exactly one, of the assistant")
     parts = _parts(messages[0], role)
     if any(part["type"] == "image" for part in parts):
         raise ValueError(f"{role}: found an image; expected text alone")
@@ -52,11 +52,11 @@ def _parts(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     parts: list[dict[str, Any]] = []
-    for found in content if isinstance(content, list) else [content]:
-        part: dict[str, Any] = found if isinstance(found, dict) else {}
+    for piece in content if isinstance(content, list) else [content]:
+        part: dict[str, Any] = piece if isinstance(piece, dict) else {}
         kind = part.get("type")
         if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise ValueError(f"{where}: found content {found!r}, expected a string or a list of text and image parts")
+            raise ValueError(f"{where}: found content {piece!r}, expected a string or a list of text and image parts")
         if kind == "text" and parts and parts[-1]["type"] == "text":  # a special token may be spread over two parts
             parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
         else:

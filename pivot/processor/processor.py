@@ -192,14 +192,14 @@ class Processor:
         self.geometry = encoder.geometry(cls, fit, resample)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = _add_special_tokens(tokenizer, IMAGE_TOKEN)
-        self.chat_template = self._settle_template(chat_template)
+        self.chat_template = self._resolve_template(chat_template)
         self.tokenizer.chat_template = self.chat_template
         self._special_tokens = tuple(sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special))
         self.lead_ids = self._find_lead()
         self.end_of_turn_id, self._adds_end_of_turn = self._find_end_of_turn()
         self._before_answer, self._after_answer = self._find_wrapping()
 
-    def _settle_template(self, given: str | None) -> str:
+    def _resolve_template(self, given: str | None) -> str:
         if given is None and self.tokenizer.chat_template is None:
             _add_special_tokens(self.tokenizer, *_CHATML_TOKENS)
             given = _CHATML
@@ -236,8 +236,8 @@ class Processor:
 
     def _find_lead(self) -> list[int]:
         """What the tokenizer puts before a text by itself, and so before each prompt that does not begin with it."""
-        found = self.tokenizer(_PROBE, return_special_tokens_mask=True)
-        ids, added = found["input_ids"], found["special_tokens_mask"]
+        probe = self.tokenizer(_PROBE, return_special_tokens_mask=True)
+        ids, added = probe["input_ids"], probe["special_tokens_mask"]
         lead, end = added.index(0), len(ids) - added[::-1].index(0)
         if ids[end:] and not self._begins_itself(self._render([_question(_QUESTION)])):
             raise ValueError(
@@ -373,8 +373,8 @@ class Processor:
         return [*([] if self._begins_itself(text) else self.lead_ids), *self._encode_text(text, escapes)]
 
     def _expand_images(self, ids: list[int]) -> np.ndarray:
-        found = np.asarray(ids, dtype=np.int64)
-        return np.repeat(found, np.where(found == self.image_token_id, self.geometry.num_tokens, 1))
+        tokens = np.asarray(ids, dtype=np.int64)
+        return np.repeat(tokens, np.where(tokens == self.image_token_id, self.geometry.num_tokens, 1))
 
     def _render(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, template: str | None = None
@@ -403,13 +403,13 @@ class Processor:
     def _choose_escapes(self, messages: Iterable[dict[str, Any]]) -> dict[str, str]:
         """Special tokens in what users wrote -> the private-use letter that stands for each while rendering."""
         text = "".join(part.get("text", "") for message in messages for part in message["content"])
-        found = [token for token in self._special_tokens if token in text]
-        if not found:
+        written = [token for token in self._special_tokens if token in text]
+        if not written:
             return {}
         taken = text + self.chat_template
         letters = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken)
         # The longest first: of <a><b> and <a>, both special, the first must not be cut by the second.
-        return dict(zip(sorted(found, key=len, reverse=True), letters, strict=False))
+        return dict(zip(sorted(written, key=len, reverse=True), letters, strict=False))
 
     def _encode_text(self, text: str, escapes: dict[str, str]) -> list[int]:
         """Ids of rendered text; an escape letter stands for a special token's letters, which are encoded as text."""

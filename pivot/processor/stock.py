@@ -142,10 +142,10 @@ def _conversation(image: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _stock_ids(stock: Any, messages: list[dict[str, Any]], template: str | None, prefixed: str) -> list[int]:
     settings = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     try:
-        found = stock.apply_chat_template(messages, chat_template=template, **settings)
+        encoded = stock.apply_chat_template(messages, chat_template=template, **settings)
     except TypeError:  # a template for content that is a string; with our prefix it takes any
-        found = stock.apply_chat_template(messages, chat_template=prefixed, **settings)
-    return list(found["input_ids"][0])
+        encoded = stock.apply_chat_template(messages, chat_template=prefixed, **settings)
+    return list(encoded["input_ids"][0])
 
 
 def _describe_ids(ours: list[int], theirs: list[int], processor: Processor, with_image: bool) -> str:

@@ -115,7 +115,7 @@ def make_references(config: Config, *, check_only: bool = False) -> None:
         raise ConfigError(f"{inputs.objective} needs no reference, so there is nothing to score")
     if check_only:
         return
-    found = open_references(config, inputs, world, say)
-    for name, cache in (("training set", found.train), ("held-out set", found.held_out)):
+    references = open_references(config, inputs, world, say)
+    for name, cache in (("training set", references.train), ("held-out set", references.held_out)):
         if cache is not None:
             say(f"complete   {name}: {cache.folder}")

@@ -78,7 +78,7 @@ class GradientWatch:
         """RuntimeError that names the parameters which a whole step left without a gradient; then stop watching."""
         for hook in self._hooks:
             hook.remove()
-        missing = sorted(name for found in distributed.gather(sorted(self._waiting)) for name in found)
+        missing = sorted(name for names in distributed.gather(sorted(self._waiting)) for name in names)
         if missing:
             raise RuntimeError(
                 f"start-up self-check: {len(set(missing))} trainable tensors got no gradient in the first step "

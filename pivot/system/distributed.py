@@ -102,16 +102,16 @@ def broadcast(value: Value) -> Value:
 
 def gather(value: Value) -> list[Value]:
     """Every rank's value, on every rank, in the order of the ranks."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def require_equal(name: str, value: object) -> None:
     """RuntimeError on every rank unless all ranks hold the same `value`: a stale file must not become a hang."""
-    found = gather(value)
-    if any(other != found[0] for other in found):
-        listed = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(found))
+    values = gather(value)
+    if any(other != values[0] for other in values):
+        listed = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
         raise RuntimeError(f"{name} differs between ranks ({listed}); do all nodes see the same files?")
 
 

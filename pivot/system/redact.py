@@ -48,7 +48,7 @@ def redact(text: str) -> str:
     """`text` without what may be a secret. Redacting twice is redacting once."""
     for value in sorted(_remembered, key=len, reverse=True):
         text = text.replace(value, _remembered[value])
-    text = _URL.sub(lambda found: found[1] + _redact_address(found[2]), text)
+    text = _URL.sub(lambda match: match[1] + _redact_address(match[2]), text)
     text = _HEADER.sub(rf"\1{MARK}", text)
     return _ASSIGNED.sub(_hide_assigned, text)
 
@@ -66,9 +66,9 @@ def _redact_address(address: str) -> str:
     return (MARK if user else "") + at + host + "".join(parts[:2]) + hidden
 
 
-def _hide_assigned(found: re.Match[str]) -> str:
-    is_shown = _PLAIN.fullmatch(found[2]) or found[2].startswith("${")
-    return found[0] if is_shown else found[1] + MARK
+def _hide_assigned(match: re.Match[str]) -> str:
+    is_shown = _PLAIN.fullmatch(match[2]) or match[2].startswith("${")
+    return match[0] if is_shown else match[1] + MARK
 
 
 def redact_values(value: Any, name: str = "") -> Any:

@@ -79,8 +79,8 @@ def compare_with_sdpa(
     for asking in rows:
         exact = _run(BACKENDS["sdpa"], [x.float() for x in states], weight.float(), asking)
         usual = _run(BACKENDS["sdpa"], states, weight, asking)
-        found = _run(backend, states, weight, asking)
-        for name, expected, near, value in zip(("output", "dq", "dk", "dv"), exact, usual, found, strict=True):
+        own = _run(backend, states, weight, asking)
+        for name, expected, near, value in zip(("output", "dq", "dk", "dv"), exact, usual, own, strict=True):
             error = (value.float() - expected).abs().max().item()
             allowed = TOLERANCE * max((near.float() - expected).abs().max().item(), 1e-5)
             if not error <= allowed:  # a NaN is refused, too

@@ -53,9 +53,9 @@ def tree_attention(
     for name, given in refused.items():
         if given is not None:
             raise ValueError(f"tree attention does not honour {name} ({type(module).__name__}); use another model")
-    found, expected = (query.shape[2], key.shape[2]), (segments.num_queries, segments.num_tokens)
-    if found != expected:
-        raise ValueError(f"the row holds {found} queries and keys, its segments {expected}")
+    held, expected = (query.shape[2], key.shape[2]), (segments.num_queries, segments.num_tokens)
+    if held != expected:
+        raise ValueError(f"the row holds {held} queries and keys, its segments {expected}")
     return backend(query, key, value, segments, scaling), None
 
 

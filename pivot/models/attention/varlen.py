@@ -51,7 +51,7 @@ def flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
     function = _flash_function()
 
     def call(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
-        found = function(
+        result = function(
             q,
             k,
             v,
@@ -62,7 +62,7 @@ def flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
             softmax_scale=scaling,
             causal=True,
         )
-        return found[0] if isinstance(found, tuple) else found  # version 3 gave the normaliser, too, for a while
+        return result[0] if isinstance(result, tuple) else result  # version 3 gave the normaliser, too, for a while
 
     return over_chains(call, query, key, value, segments)
 
