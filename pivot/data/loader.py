@@ -112,8 +112,8 @@ class MicroBatches(Dataset):
         expected = {name: int(getattr(self._lengths, name)[row]) for name in encoded_lengths}
         if encoded_lengths != expected:
             raise ValueError(
-                f"{self._shards.describe(row)}: {encoded_lengths} tokens, but the plan counted {expected}; the token counts "
-                "in data.cache_dir are not of this processor: delete its lengths folder"
+                f"{self._shards.describe(row)}: {encoded_lengths} tokens, but the plan counted {expected}; the token "
+                "counts in data.cache_dir are not of this processor: delete its lengths folder"
             )
         if encoded.num_images != num_images:
             raise ValueError(

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from pivot.engine import Engine
+from pivot.engine.files import SavedShards
 from pivot.run import checkpoint
-from pivot.run.zero_files import SavedShards
 from tests.kit.ranks.scenarios import ADAM_RATES, _mine, build, optim_config, pair, run_step, save, weights, world
 
 STAGES = (1, 2, 3)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pivot import engine
 from pivot.config import Config
 from pivot.config_load import load_config
+from pivot.engine import engine
 from pivot.train import train
 
 RUN = """

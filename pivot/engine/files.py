@@ -7,19 +7,54 @@ DeepSpeed writes, per rank, one flat piece of each parameter group's fp32 master
                         parameters' one behind the other, in the order of `param_shapes`
     *_model_states.pt   the shapes, and the weights that are not trained
 
-Files are mapped, not read: what is asked for is all that comes into memory.
+Files are mapped, not read: what is asked for is all that comes into memory. Nothing in them is ever run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+
+_OF_DEEPSPEED = [LossScaler, ZeroStageEnum, fragment_address]  # its classes there, plain data all of them
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextlib.contextmanager
+def inert_loading() -> Iterator[None]:
+    """torch.load builds tensors, plain values and DeepSpeed's few classes, and calls nothing that a file names.
+
+    DeepSpeed asks for weights_only=False wherever it loads; torch lets the environment overrule every caller.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_OF_DEEPSPEED):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def unknown_classes(path: Path) -> list[str]:
+    """What a file of torch.save names beyond tensors, plain values and DeepSpeed's own; nothing of it is run."""
+    try:
+        with inert_loading():
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        return [f"no file of torch.save ({str(error).splitlines()[0]})"]
+
 
 MASTER = "master"  # the fp32 weights; moments go by the optimizer's own names
 
