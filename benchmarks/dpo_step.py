@@ -105,10 +105,10 @@ class Bench:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode or not out.is_file():
             return {"failed": _last_words(done.stderr)}
-        found = json.loads(out.read_text())
-        timed = found["seconds"][WARM_STEPS:]
-        worked = found["cpu_seconds"][WARM_STEPS:]
-        return found | {
+        result = json.loads(out.read_text())
+        timed = result["seconds"][WARM_STEPS:]
+        worked = result["cpu_seconds"][WARM_STEPS:]
+        return result | {
             "pairs_per_s": self.pairs * len(timed) / sum(timed),
             "pairs_per_cpu_s": self.pairs * len(worked) / sum(worked),
         }
@@ -119,8 +119,8 @@ class Bench:
         """The fastest of the settings that a user would try, and all of them with what they gave."""
         run, tried = getattr(self, side), []
         for setting in self._candidates(side):
-            found = run(steps=WARM_STEPS + SEARCH_STEPS, **setting)
-            rate = {key: found[key] for key in ("pairs_per_s", "peak_memory_gib", "failed") if key in found}
+            result = run(steps=WARM_STEPS + SEARCH_STEPS, **setting)
+            rate = {key: result[key] for key in ("pairs_per_s", "peak_memory_gib", "failed") if key in result}
             tried.append(setting | rate)
             print(f"tried {side}  {_describe(setting)}: {_describe(rate)}", flush=True)
         working = [setting for setting in tried if "pairs_per_s" in setting]
@@ -134,11 +134,11 @@ class Bench:
         if side == "pivot":
             return [{"workers": count} for count in workers]
         batches = [size for size in (1, 2, 4, 8) if self.pairs % size == 0]
-        found = [{"batch": size, "workers": workers[0], "checkpointing": False} for size in batches]
-        found += [{"batch": batches[-1], "workers": count, "checkpointing": False} for count in workers[1:]]
+        candidates = [{"batch": size, "workers": workers[0], "checkpointing": False} for size in batches]
+        candidates += [{"batch": batches[-1], "workers": count, "checkpointing": False} for count in workers[1:]]
         if self.options.device == "cuda":
-            found += [{"batch": size, "workers": workers[0], "checkpointing": True} for size in batches[1:]]
-        return found
+            candidates += [{"batch": size, "workers": workers[0], "checkpointing": True} for size in batches[1:]]
+        return candidates
 
     def compare(self) -> dict[str, Any]:
         first = self.pivot(steps=self.steps)
@@ -146,19 +146,21 @@ class Bench:
             raise RuntimeError(f"our own run failed: {first['failed']}")
         self.ids = first["ids"]
         ours, tried_ours = self.best_settings("pivot")
-        found: dict[str, Any] = {"tried": {"pivot": tried_ours}, "settings": {"pivot": ours}}
+        results: dict[str, Any] = {"tried": {"pivot": tried_ours}, "settings": {"pivot": ours}}
         rates: dict[str, list[float]] = {"pivot": []}
         cpu_rates: dict[str, list[float]] = {"pivot": [], "trl": []}
         last: dict[str, dict[str, Any]] = {}
+        matmul_tflops: list[float] = []
         if self.options.against == "trl":
             theirs, tried_theirs = self.best_settings("trl")
-            found["tried"]["trl"], found["settings"]["trl"] = tried_theirs, theirs
+            results["tried"]["trl"], results["settings"]["trl"] = tried_theirs, theirs
             rates["trl"] = []
         for number in range(self.options.rounds):
             for side in rates:
-                last[side] = getattr(self, side)(**found["settings"][side])
+                last[side] = getattr(self, side)(**results["settings"][side])
                 rates[side].append(last[side]["pairs_per_s"])
                 cpu_rates[side].append(last[side]["pairs_per_cpu_s"])
+                matmul_tflops += [last[side]["matmul_tflops"]] if side == "pivot" else []
                 print(f"round {number + 1}  {side}: {rates[side][-1]:.2f} pairs/s", flush=True)
         for name in self._savings():
             changes: dict[str, Any] = {"image_trees": False} if name == "image_trees" else {"without": [name]}
@@ -166,23 +168,27 @@ class Bench:
             last[label] = self.pivot(**(ours | changes))
             rates[label] = [last[label]["pairs_per_s"]] if "pairs_per_s" in last[label] else []
             print(f"{label}: {_describe(last[label], ('pairs_per_s', 'failed'))}", flush=True)
-        found["rounds"] = rates
-        found["pairs_per_s"] = {name: statistics.median(values) for name, values in rates.items() if values}
-        found["peak_memory_gib"] = {name: run["peak_memory_gib"] for name, run in last.items() if "failed" not in run}
-        found["losses"] = {name: run["losses"][:LOSS_STEPS] for name, run in last.items() if "failed" not in run}
-        found["attention"] = last["pivot"]["attention"]
+        results["rounds"] = rates
+        results["pairs_per_s"] = {name: statistics.median(values) for name, values in rates.items() if values}
+        results["peak_memory_gib"] = {name: run["peak_memory_gib"] for name, run in last.items() if "failed" not in run}
+        results["losses"] = {name: run["losses"][:LOSS_STEPS] for name, run in last.items() if "failed" not in run}
+        results["attention"] = last["pivot"]["attention"]
         # The first run also scored all pairs under the reference; the others found that done.
         scored = self.pairs * self.steps
-        found["reference_s_per_pair"] = (first["start_s"] - last["pivot"]["start_s"]) / scored
-        found["tflops_per_pair"] = first["flops_per_step"] / self.pairs / 1e12
+        results["reference_s_per_pair"] = (first["start_s"] - last["pivot"]["start_s"]) / scored
+        results["tflops_per_pair"] = first["flops_per_step"] / self.pairs / 1e12
+        results["matmul_tflops"] = statistics.median(matmul_tflops)
+        results["useful_share"] = (
+            results["pairs_per_s"]["pivot"] * results["tflops_per_pair"] / results["matmul_tflops"]
+        )
         if "trl" in rates:
             pairs = zip(rates["pivot"], rates["trl"], strict=True)
-            found["ratio"] = statistics.median(ours / theirs for ours, theirs in pairs)
-            found["cpu_ratio"] = statistics.median(cpu_rates["pivot"]) / statistics.median(cpu_rates["trl"])
+            results["ratio"] = statistics.median(ours / theirs for ours, theirs in pairs)
+            results["cpu_ratio"] = statistics.median(cpu_rates["pivot"]) / statistics.median(cpu_rates["trl"])
             for key, name in (("losses", "loss"), ("margins", "margin")):
                 both = zip(last["pivot"][key][:LOSS_STEPS], last["trl"][key], strict=False)
-                found[f"max_{name}_difference"] = max(abs(a - b) for a, b in both)
-        return found
+                results[f"max_{name}_difference"] = max(abs(a - b) for a, b in both)
+        return results
 
     def _savings(self) -> list[str]:
         if self.options.only_ratio:
@@ -193,7 +199,7 @@ class Bench:
 
 def _last_words(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else "it ended without a word"
+    return lines[-1][-300:] if lines else "the process ended and printed nothing"
 
 
 def _describe(values: dict[str, Any], keys: tuple[str, ...] | None = None) -> str:
@@ -204,13 +210,13 @@ def _describe(values: dict[str, Any], keys: tuple[str, ...] | None = None) -> st
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    releases = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            releases[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return releases
 
 
 def machine(device: str) -> str:
@@ -247,7 +253,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, options.case or Path(folder))
         bench.write()
-        found = bench.compare()
+        results = bench.compare()
     facts = {
         "shape": {"name": options.shape} | asdict(bench.shape),
         "pairs_per_step": bench.pairs,
@@ -257,16 +263,16 @@ def main() -> int:
         "machine": machine(options.device),
         "versions": versions(),
     }
-    found = facts | found
-    print("\n" + show(found))
+    results = facts | results
+    print("\n" + show(results))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.table:
         given = shlex.join(sys.argv[1:])
-        options.table.write_text(f"`python benchmarks/dpo_step.py {given}`, {date.today()}\n\n{show(found)}\n")
+        options.table.write_text(f"`python benchmarks/dpo_step.py {given}`, {date.today()}\n\n{show(results)}\n")
     if options.plot:
-        draw(found, options.plot)
-    difference = found.get("max_loss_difference", 0.0)
+        draw(results, options.plot)
+    difference = results.get("max_loss_difference", 0.0)
     if options.dtype == "fp32" and difference > MAX_LOSS_DIFFERENCE:
         print(f"the losses differ by {difference:.2e}, more than {MAX_LOSS_DIFFERENCE:g}", file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ from pivot.config_load import load_config
 from pivot.metrics import Timer
 from pivot.models.mllm import MLLM
 from pivot.run.folder import RunFolder
+from pivot.startup.flops import measure_matmul_tflops
 from pivot.startup.inputs import open_inputs
 from pivot.system import distributed
 from pivot.system.process import leave
@@ -135,6 +136,7 @@ def main() -> None:
         "start_s": built_s,
         "attention": trainer.model.attention,
         "flops_per_step": inputs.plan.step(0).cost,
+        "matmul_tflops": measure_matmul_tflops(world.device, inputs.dtype),  # of this process, right behind its steps
     }
     Path(task["out"]).write_text(json.dumps(result))
     distributed.stop()
