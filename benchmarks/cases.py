@@ -23,7 +23,7 @@ from data_tools.architectures import qwen2, siglip
 from data_tools.pack import PackOptions, pack
 from launch.random_model import LANGUAGE, VISION, write_byte_tokenizer
 from pivot.config import DataConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pivot.models.build import Sources, build_mllm
+from pivot.models.build import WeightSources, build_mllm
 from pivot.models.parts import write_model
 from pivot.processor import build_processor
 
@@ -82,7 +82,12 @@ def _write_model(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     )
     processor = build_processor(model, DataConfig(chat_template=CHAT_TEMPLATE))
     mllm = build_mllm(
-        Sources(model, None, ()), processor, seed=0, dtype=dtype, loading=nullcontext, gather=lambda _: nullcontext()
+        WeightSources(model, None, ()),
+        processor,
+        seed=0,
+        dtype=dtype,
+        loading=nullcontext,
+        gather=lambda _: nullcontext(),
     )
     write_model(folder / "model", mllm, mllm.state_dict(), processor)
 

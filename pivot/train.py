@@ -22,16 +22,16 @@ from pivot.data.plan import Plan
 from pivot.engine import Engine, gathered, learning_rate_factor, sharded_loading
 from pivot.evaluate import evaluator, outcomes
 from pivot.metrics import StepMetrics, Timer, peak_memory_gib
-from pivot.models.build import Sources, build_mllm
+from pivot.models.build import WeightSources, build_mllm
 from pivot.models.mllm import MLLM
 from pivot.models.parts import write_model
 from pivot.run.folder import DONE, FAILED, PREEMPTED, RunFolder
 from pivot.run.log import RunLog
 from pivot.run.profile import Tracer
-from pivot.run.spent import Clock, compare, describe
+from pivot.run.spent import Clock, compare_spent, describe_spent
 from pivot.run.state import Progress, RunState
 from pivot.startup.facts import start_facts
-from pivot.startup.flops import build_counter, measure_matmul_tflops
+from pivot.startup.flops import build_work_counter, measure_matmul_tflops
 from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
 from pivot.startup.references import open_references
 from pivot.startup.screen import first_screen
@@ -106,7 +106,7 @@ class Trainer:
         # Now, while the engine still holds the weights that the run starts from.
         references = open_references(config, inputs, world, self.say, start_weights=self._score)
         self.reference, self.held_out_reference = references.train, references.held_out
-        self.counter = build_counter(inputs.skeleton, config.optim.trained())
+        self.counter = build_work_counter(inputs.skeleton, config.optim.trained())
         self.state = RunState(config, folder, self.engine, inputs.plan, self.objective, world, self.say)
         self.state.restore(self.progress)
         self.log = RunLog(
@@ -120,7 +120,7 @@ class Trainer:
         self.stopping = False
         self.waited_s = 0.0  # of the loader's data_wait_s, what is in the log
 
-    def _build_model(self, sources: Sources) -> MLLM:
+    def _build_model(self, sources: WeightSources) -> MLLM:
         model = build_mllm(
             sources,
             self.inputs.processor,
@@ -305,9 +305,9 @@ class Trainer:
 
     def _log_end(self) -> None:
         spent = self.clock.read()
-        row = spent.row() | {"compare": compare(spent, self.config.log.compare)}
+        row = spent.row() | {"compare": compare_spent(spent, self.config.log.compare)}
         self.log.event("end", step=self.progress.step, **row)
-        self.say(f"spent      {describe(row, self.objective.unit_name)}")
+        self.say(f"spent      {describe_spent(row, self.objective.unit_name)}")
 
     def _export(self) -> None:
         """The trained model as an HF folder, read back and compared by rank 0."""

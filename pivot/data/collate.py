@@ -56,7 +56,7 @@ def collate(
 
     Raises ValueError, naming the row, when the image tokens of a prompt do not match its images.
     """
-    row = _Row(image_token_id, geometry.num_tokens, image_trees)
+    row = _RowBuilder(image_token_id, geometry.num_tokens, image_trees)
     for example in examples:
         row.add(example)
     black = torch.zeros(3, geometry.size, geometry.size, dtype=torch.uint8)
@@ -88,7 +88,7 @@ class _Trunk(NamedTuple):
     segment: int
 
 
-class _Row:
+class _RowBuilder:
     """The row as it grows, one example after the other."""
 
     def __init__(self, image_token_id: int, num_image_tokens: int, image_trees: bool) -> None:

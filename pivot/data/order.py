@@ -79,7 +79,7 @@ class EpochOrder:
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """One set of a mixture, and how much of it there shall be. At most one of the three is given.
 
     `weight`: its share of the stream, relative to the other weights; `repeat`: so many times each row per epoch;
@@ -111,7 +111,7 @@ class MixtureOrder:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[MixtureSource],
         kept: np.ndarray,
         seed: int,
         window_shards: int | None = None,
@@ -164,10 +164,10 @@ class MixtureOrder:
         return mixed
 
 
-def build_mixture(shards: ShardSet, sources: Sequence[TrainSource]) -> tuple[Source, ...]:
+def build_mixture(shards: ShardSet, sources: Sequence[TrainSource]) -> tuple[MixtureSource, ...]:
     """The mixture of the sets that `shards` joins, as `data.train` says."""
     return tuple(
-        Source(
+        MixtureSource(
             fingerprint=part.fingerprint,
             shard_sizes=tuple(shard.samples for shard in part.shards),
             weight=source.weight,
@@ -178,7 +178,7 @@ def build_mixture(shards: ShardSet, sources: Sequence[TrainSource]) -> tuple[Sou
     )
 
 
-def _shares(sources: Sequence[Source], num_rows: Sequence[int]) -> tuple[list[Fraction], int]:
+def _shares(sources: Sequence[MixtureSource], num_rows: Sequence[int]) -> tuple[list[Fraction], int]:
     """(share of each set, positions in an epoch)."""
     if any(source.weight is not None for source in sources):
         weights = [Fraction(str(source.weight)) for source in sources]

@@ -19,7 +19,7 @@ import numpy as np
 from pivot.batch import CHOSEN_TOKEN, REJECTED, SAMPLE, TARGET_TOKEN, StepCounts
 from pivot.data.dealing import cut, deal
 from pivot.data.lengths import Lengths
-from pivot.data.order import ORDER_VERSION, EpochOrder, MixtureOrder, Source
+from pivot.data.order import ORDER_VERSION, EpochOrder, MixtureOrder, MixtureSource
 from pivot.data.units import Costs, Work
 
 STATE_FORMAT = 1
@@ -60,7 +60,7 @@ class PlanSettings:
     roles: tuple[str, ...]  # the completions that are scored
     costs: Costs = PLAIN_COSTS
     window_shards: int | None = None  # shards that the order draws from at a time; None: all of them
-    mixture: Sequence[Source] | None = None
+    mixture: Sequence[MixtureSource] | None = None
     excluded: np.ndarray | None = None  # bool[rows]: what an exclude list names
     # Ends the stream after so many positions, for evaluation and for visiting each pair once; the last step may then
     # hold fewer pairs.

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from pivot.config import COMPONENTS, OptimConfig
 from pivot.engine.files import inert_loading, unknown_classes
 from pivot.engine.reshape import load_reshaped
-from pivot.engine.settings import gathered, require_settings, skip_compiling
+from pivot.engine.settings import MASTER_BYTES, MOMENT_BYTES, gathered, require_settings, skip_compiling
 from pivot.metrics import ComponentMeter
-from pivot.startup.memory import MASTER, MOMENTS
 from pivot.system.distributed import World, any_rank
 
 WHOLE_WEIGHTS_SHARE = 0.5  # of a GPU's free memory that `Engine.whole_weights` may take
@@ -195,10 +194,10 @@ class Engine:
 
     def checkpoint_bytes(self) -> int:
         """About what `save` writes over all ranks: weights, fp32 masters of the trained ones, and their moments."""
-        master = MASTER if self.stage > 0 else 0
+        master = MASTER_BYTES if self.stage > 0 else 0
         size = 0
         for parameter in self.model.parameters():
-            trained = (master + MOMENTS[self._optim.name]) * parameter.requires_grad
+            trained = (master + MOMENT_BYTES[self._optim.name]) * parameter.requires_grad
             is_master_alone = self.stage == 3 and parameter.requires_grad
             kept = 0 if is_master_alone else parameter.element_size()
             size += getattr(parameter, "ds_numel", parameter.numel()) * (kept + trained)

@@ -15,6 +15,8 @@ from pivot.config import ConfigError
 
 ONE_SUB_GROUP = 10**12  # ZeRO-3 steps a component in one piece, so that its norms are those of the whole component
 NEVER = 10**12
+MASTER_BYTES = 4  # of an fp32 copy of a trained weight, which ZeRO 1-3 keep in fp32 runs, too
+MOMENT_BYTES = {"adamw": 8, "sgd": 0}  # of a trained weight
 
 
 def build_deepspeed_config(settings: dict[str, Any], *, max_grad_norm: float, bf16: bool) -> dict[str, Any]:

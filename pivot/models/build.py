@@ -32,7 +32,7 @@ _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size",
 
 
 @dataclass(frozen=True)
-class Sources:
+class WeightSources:
     """Where each component's weights come from; `model` is complete, its paths filled in."""
 
     model: ModelConfig
@@ -53,13 +53,13 @@ class Sources:
         return self.init_from is not None and not self.from_parts and is_llava(self.init_from)
 
 
-def resolve_sources(config: Config) -> Sources:
+def resolve_sources(config: Config) -> WeightSources:
     """Fill in the paths that `init_from` stands for. Raises ValueError where it and `model` disagree."""
     model = copy.deepcopy(config.model)
     if config.init_from is None:
-        return Sources(model, None, ())
+        return WeightSources(model, None, ())
     _require_folder(config.init_from)
-    sources = Sources(model, config.init_from, tuple(config.init_parts or COMPONENTS))
+    sources = WeightSources(model, config.init_from, tuple(config.init_parts or COMPONENTS))
     if sources.from_parts:
         _fill_in_parts(sources, config.init_from)
     else:
@@ -67,7 +67,7 @@ def resolve_sources(config: Config) -> Sources:
     return sources
 
 
-def _fill_in_parts(sources: Sources, init_from: str) -> None:
+def _fill_in_parts(sources: WeightSources, init_from: str) -> None:
     if "projector" in sources.taken:
         require_agreement(init_from, recorded_model(init_from), sources.model)
     for name, path in part_paths(init_from).items():
@@ -75,7 +75,7 @@ def _fill_in_parts(sources: Sources, init_from: str) -> None:
             getattr(sources.model, name).path = path
 
 
-def _fill_in_folder(sources: Sources, init_from: str) -> None:
+def _fill_in_folder(sources: WeightSources, init_from: str) -> None:
     """Of an HF folder: a LLaVA, or an encoder or language model alone."""
     model, taken = sources.model, sources.taken
     if not sources.whole_llava and taken not in (("vision_tower",), ("language_model",)):
@@ -112,7 +112,7 @@ def _require_same_shape(path: str, init_from: str) -> None:
 
 
 def build_mllm(
-    sources: Sources,
+    sources: WeightSources,
     processor: Processor,
     *,
     seed: int,
@@ -152,7 +152,7 @@ def build_mllm(
     return mllm
 
 
-def weights_fingerprint(sources: Sources, *, seed: int) -> str:
+def weights_fingerprint(sources: WeightSources, *, seed: int) -> str:
     """sha256 of what decides the starting weights: the files, and for drawn parts their configuration and the seed."""
     model, tower = sources.model, sources.model.vision_tower
     library = LIBRARIES[sources.encoder.library]

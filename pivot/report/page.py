@@ -22,13 +22,13 @@ from pivot.config_load import to_yaml
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval
-from pivot.evaluate.outcomes import compare, read_outcomes
+from pivot.evaluate.outcomes import read_outcomes
 from pivot.evaluate.task import Measure
 from pivot.evaluate.tasks import titled_measures
 from pivot.evaluate.vqa import BLIND, VQA
 from pivot.report.charts import Chart, Series, format_number, interval_bar
 from pivot.report.read import LogRow, ReportedRun, find_previous, read_run
-from pivot.run.spent import describe
+from pivot.run.spent import describe_spent
 from pivot.system.files import write_atomically
 from pivot.system.redact import redact
 
@@ -176,7 +176,7 @@ def _change(moments: list[Moment], metric: str) -> Interval | None:
         return None
     try:
         before, after = (read_outcomes(m.run.folder, m.row["step"]) for m in moments[-2:])
-        return compare(before, after, metric)
+        return compare_spent(before, after, metric)
     except (OSError, ValueError, KeyError, IndexError, TypeError, BadZipFile):
         return None  # a file in held_out/ is damaged; the shares themselves stand in the log
 
@@ -326,7 +326,7 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         ("precision", str(start.get("dtype", "?")).removeprefix("torch.")),
         ("memory", f"{perf['perf/peak_memory_gib']:.1f} GiB a rank" if perf.get("perf/peak_memory_gib") else "-"),
         ("useful share of the matrix rate", f"{100 * perf['perf/mfu']:.1f} %" if perf.get("perf/mfu") else "-"),
-        ("spent", describe(run.end, run.objective.unit_name) if "flops" in run.end else "-"),
+        ("spent", describe_spent(run.end, run.objective.unit_name) if "flops" in run.end else "-"),
         *([("lines passed over", f"{others}: not what a run writes, or cut short")] if others else []),
         ("seed", str(config.train.seed)),
         ("data plan", str(start.get("plan_fingerprint", "-"))[:16]),

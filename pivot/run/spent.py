@@ -52,7 +52,7 @@ class Clock:
         return self._spent
 
 
-def compare(spent: Spent, section: CompareConfig | None) -> dict[str, Any]:
+def compare_spent(spent: Spent, section: CompareConfig | None) -> dict[str, Any]:
     """{name, flops, samples, gpu_hours}: the run's part of each number that the user gave, 0.01 for a hundredth."""
     if section is None:
         return {}
@@ -64,7 +64,7 @@ def compare(spent: Spent, section: CompareConfig | None) -> dict[str, Any]:
     return {"name": section.name, **ratios}
 
 
-def describe(row: dict[str, Any], kind: str) -> str:
+def describe_spent(row: dict[str, Any], kind: str) -> str:
     """The log's `end` row in one line; `kind`: pairs or samples."""
     hours = [f"{row[name]:.3g} {label}" for name, label in _HOURS.items() if row.get(name)]
     amounts = [f"{_short(row['pairs'])} {kind}", f"{_short(row['tokens'])} tokens", f"{row['flops']:.3g} useful FLOP"]

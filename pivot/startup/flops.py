@@ -102,7 +102,7 @@ def _num_products(trained: Sequence[str]) -> float:
 
 
 @dataclass(frozen=True)
-class Counter:
+class WorkCounter:
     """Useful FLOPs of batches, from their shapes and host integers alone.
 
     The plan's cost is the same, but for pairs that happen to share an image in a row: it counts each one's.
@@ -136,8 +136,8 @@ def attended(segments: Segments) -> float:
     return own + prefix
 
 
-def build_counter(skeleton: Skeleton, trained: Sequence[str]) -> Counter:
-    return Counter(training_costs(skeleton, trained), skeleton.vision_tower.num_features)
+def build_work_counter(skeleton: Skeleton, trained: Sequence[str]) -> WorkCounter:
+    return WorkCounter(training_costs(skeleton, trained), skeleton.vision_tower.num_features)
 
 
 def describe_flops(flops: float) -> str:

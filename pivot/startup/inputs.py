@@ -19,7 +19,7 @@ from pivot.data.shards import ShardSet
 from pivot.engine import build_deepspeed_config
 from pivot.evaluate.held_out import HeldOut, open_held_out
 from pivot.models.attention import Choice, choose_attention
-from pivot.models.build import Sources, resolve_sources
+from pivot.models.build import WeightSources, resolve_sources
 from pivot.models.language import check_positions, check_text_config
 from pivot.models.skeleton import Skeleton, build_skeleton
 from pivot.objectives import Objective, build_objective
@@ -39,8 +39,8 @@ Say = Callable[[str], None]
 class Inputs:
     """What a run needs to know before it loads weights; each fact is worked out here, once."""
 
-    sources: Sources
-    reference: Sources  # of the reference model's weights: by default those that the run starts from
+    sources: WeightSources
+    reference: WeightSources  # of the reference model's weights: by default those that the run starts from
     skeleton: Skeleton
     processor: Processor
     objective: Objective
@@ -96,7 +96,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     )
 
 
-def _resolve_reference(config: Config, sources: Sources, folder: str | None) -> Sources:
+def _resolve_reference(config: Config, sources: WeightSources, folder: str | None) -> WeightSources:
     """Where the reference's weights come from: `folder`, which must be able to score the same rows, or `sources`."""
     if folder is None:
         return sources

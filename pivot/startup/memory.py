@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from pivot.config import ConfigError
+from pivot.engine.settings import MASTER_BYTES, MOMENT_BYTES
 from pivot.models.skeleton import Skeleton
 from pivot.system.distributed import World
 
-MASTER = 4  # bytes of an fp32 copy of a trained weight, which ZeRO 1-3 keep in fp32 runs, too
-MOMENTS = {"adamw": 8, "sgd": 0}
 GIB = 2**30
 OFFLOAD_FILE = "ds_configs/zero3_offload.json"
 
@@ -50,7 +49,7 @@ class Setup:
 
     skeleton: Skeleton
     trained: Sequence[str]
-    optimizer: str  # a key of MOMENTS
+    optimizer: str  # a key of MOMENT_BYTES
     dtype: torch.dtype
     world_size: int
     zero: dict[str, Any]  # zero_optimization of the DeepSpeed JSON
@@ -75,8 +74,8 @@ def estimate(setup: Setup) -> Estimate:
     gradients = 4.0 * trained / (ranks if stage >= 2 else 1)  # accumulated in fp32
     if stage == 1 and size < 4:
         gradients += size * trained  # autograd's own, which stay beside the sums until the step
-    master = MASTER if stage > 0 else 0
-    optimizer = float((master + MOMENTS[setup.optimizer]) * trained / (ranks if stage > 0 else 1))
+    master = MASTER_BYTES if stage > 0 else 0
+    optimizer = float((master + MOMENT_BYTES[setup.optimizer]) * trained / (ranks if stage > 0 else 1))
     host = 0.0
     if _is_offloaded(setup, "offload_optimizer"):
         host, gradients, optimizer = optimizer + gradients, 0.0, 0.0

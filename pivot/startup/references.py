@@ -19,7 +19,7 @@ from pivot.config import Config, ConfigError
 from pivot.data.plan import Plan
 from pivot.data.reference_cache import ReferenceCache, Score, reference_fingerprint
 from pivot.data.shards import ShardSet
-from pivot.models.build import Sources, build_mllm, weights_fingerprint
+from pivot.models.build import WeightSources, build_mllm, weights_fingerprint
 from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
 from pivot.startup.screen import first_screen
 from pivot.system import distributed
@@ -92,7 +92,7 @@ class _Lazy:
 
 def _build_scorer(config: Config, inputs: Inputs, world: World) -> Score:
     """The reference's weights in a plain model on this rank's device: whole, since nothing is differentiated."""
-    sources: Sources = inputs.reference
+    sources: WeightSources = inputs.reference
     model = build_mllm(
         sources,
         inputs.processor,

@@ -7,7 +7,7 @@ import torch
 from pivot.batch import DUMMY_SAMPLE
 from pivot.data.collate import Completion, Example, collate, masked_example
 from pivot.data.lengths import LENGTH_RECORD, Lengths, image_prefix
-from pivot.data.order import EpochOrder, MixtureOrder, Source
+from pivot.data.order import EpochOrder, MixtureOrder, MixtureSource
 from pivot.data.units import Costs, Work
 from tests.kit.sets import GEOMETRY, IMAGE_TOKEN_ID, plan_of
 
@@ -169,7 +169,7 @@ def test_an_image_is_cut_where_it_is_too_long_or_more_than_a_rank_s_share():
 
 def test_a_mixture_keeps_its_shares_and_its_images_meet_in_the_step():
     """Two sets in equal parts: positions stay mixed, but a step's units are whole images."""
-    sources = [Source("a", (40,), weight=1.0), Source("b", (40,), weight=1.0)]
+    sources = [MixtureSource("a", (40,), weight=1.0), MixtureSource("b", (40,), weight=1.0)]
     groups = np.concatenate([np.arange(40) // 4, 100 + np.arange(40) // 4])
     order = MixtureOrder(sources, np.ones(80, dtype=bool), 0, groups=groups)
     rows = order.rows(0, 80)

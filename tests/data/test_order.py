@@ -6,16 +6,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from pivot.data.order import BLOCK, EpochOrder, MixtureOrder, Source, _apportion
+from pivot.data.order import BLOCK, EpochOrder, MixtureOrder, MixtureSource, _apportion
 from tests.kit.sets import plan_of, random_lengths
 
 
 def sources(*sizes, **amounts):
-    """Sources of these sizes in shards of at most 100; `weight=[3, 1]` gives each its amount."""
+    """WeightSources of these sizes in shards of at most 100; `weight=[3, 1]` gives each its amount."""
     made = []
     for i, size in enumerate(sizes):
         shards = tuple([100] * (size // 100) + ([size % 100] if size % 100 else []))
-        made.append(Source(f"set{i}", shards, **{name: values[i] for name, values in amounts.items()}))
+        made.append(MixtureSource(f"set{i}", shards, **{name: values[i] for name, values in amounts.items()}))
     return made
 
 
@@ -102,14 +102,14 @@ def test_golden_mixture():
 
 def test_a_plan_over_a_mixture():
     lengths = random_lengths(150)
-    made = [Source("a", (100,), weight=1), Source("b", (50,), weight=3)]
+    made = [MixtureSource("a", (100,), weight=1), MixtureSource("b", (50,), weight=3)]
     plan = plan_of(lengths, mixture=made, shard_sizes=[100, 50])
     assert plan.num_pairs == 150
     assert plan.fingerprint != plan_of(lengths, shard_sizes=[100, 50]).fingerprint
     for changes in ({"world_size": 5}, {"max_tokens_per_micro_batch": 1000}, {"roles": ("chosen",)}):
         other = plan_of(lengths, mixture=made, shard_sizes=[100, 50], **changes)
         assert all(plan.step_ids(step).tolist() == other.step_ids(step).tolist() for step in range(30))
-    heavier = [Source("a", (100,), weight=1), Source("b", (50,), weight=4)]
+    heavier = [MixtureSource("a", (100,), weight=1), MixtureSource("b", (50,), weight=4)]
     with pytest.raises(ValueError, match="mixture was"):
         plan_of(lengths, mixture=heavier, shard_sizes=[100, 50]).check_state(plan.state(3, 0))
     kept = np.ones(150, dtype=bool)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pivot.config import CompareConfig
-from pivot.run.spent import Clock, Spent, compare, describe
+from pivot.run.spent import Clock, Spent, compare_spent, describe_spent
 from pivot.system.distributed import World
 
 DENOMINATOR = CompareConfig(name="SigLIP 2 pre-training", flops=1e22, samples=4e10, gpu_hours=2e5)
@@ -50,19 +50,19 @@ def test_hours_are_named_after_the_device(
 
 def test_only_what_was_named_is_compared() -> None:
     spent = Spent(gpu_hours=50, pairs=100_000, tokens=10**8, flops=2e18)
-    assert compare(spent, None) == {}
-    assert compare(spent, CompareConfig(name="x", samples=1e6)) == {"name": "x", "samples": 0.1}
-    found = compare(spent, DENOMINATOR)
+    assert compare_spent(spent, None) == {}
+    assert compare_spent(spent, CompareConfig(name="x", samples=1e6)) == {"name": "x", "samples": 0.1}
+    found = compare_spent(spent, DENOMINATOR)
     assert found == pytest.approx({"name": found["name"], "flops": 2e-4, "samples": 2.5e-6, "gpu_hours": 2.5e-4})
     on_cpu = Spent(core_hours=50, pairs=100_000, flops=2e18)
-    assert "gpu_hours" not in compare(on_cpu, DENOMINATOR)
+    assert "gpu_hours" not in compare_spent(on_cpu, DENOMINATOR)
 
 
 def test_one_line() -> None:
     spent = Spent(gpu_hours=50, pairs=100_000, tokens=10**8, flops=2e18)
-    line = describe(spent.row() | {"compare": compare(spent, DENOMINATOR)}, "pairs")
+    line = describe_spent(spent.row() | {"compare": compare_spent(spent, DENOMINATOR)}, "pairs")
     assert line == (
         "50 GPU-hours, 100,000 pairs, 100 M tokens, 2e+18 useful FLOP; beside SigLIP 2 pre-training: "
         "1/5,000 of its FLOPs, 1/400,000 of its samples, 1/4,000 of its GPU-hours"
     )
-    assert describe(Spent(core_hours=0.5, pairs=10).row(), "samples").startswith("0.5 core-hours, 10 samples")
+    assert describe_spent(Spent(core_hours=0.5, pairs=10).row(), "samples").startswith("0.5 core-hours, 10 samples")

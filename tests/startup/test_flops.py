@@ -23,7 +23,7 @@ from pivot.models.language import build_language_model
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.models.skeleton import Skeleton, build_skeleton
-from pivot.startup.flops import attended, build_counter, count_forward, measure_matmul_tflops, training_costs
+from pivot.startup.flops import attended, build_work_counter, count_forward, measure_matmul_tflops, training_costs
 from tests.kit.ranks.scenarios import merge
 from tests.kit.tiny import tiny_open_clip, write_text_json, write_vision_json
 from tests.kit.trees import build_batch, random_segments
@@ -211,7 +211,7 @@ def test_equals_torchs_count(tmp_path: Path, shape: str, trained: tuple[str, ...
     batch = pairs_with_images(skeleton, 3)
     model = build(config, trained)
     multiplied, fused = counted_by_torch(model, batch)
-    useful = build_counter(skeleton, trained).useful(batch)
+    useful = build_work_counter(skeleton, trained).useful(batch)
     attention = our_attention(skeleton, batch, trained)
     assert useful - attention.ours == pytest.approx(multiplied, rel=1e-9)
     assert attention.torchs == pytest.approx(fused, rel=1e-9)
@@ -254,7 +254,7 @@ def test_a_pair_at_the_limit(tmp_path: Path, language: str, tflop: float) -> Non
 def test_the_plan_counts_what_the_batch_holds(tmp_path: Path) -> None:
     """Useful FLOPs known before a pair is read = those of the row it becomes; a dummy has none."""
     skeleton = build_skeleton(model_of(tmp_path), NUM_TOKENS)
-    batch, counter = pairs_with_images(skeleton, 1), build_counter(skeleton, COMPONENTS)
+    batch, counter = pairs_with_images(skeleton, 1), build_work_counter(skeleton, COMPONENTS)
     planned = Work(lengths_of(16 + 20, 16, 31, 17), (CHOSEN, REJECTED), counter.costs).costs[0]
     assert counter.useful(batch) == pytest.approx(planned, rel=1e-12)
     dummy = replace(batch, sample_index=torch.tensor([DUMMY_SAMPLE]))
@@ -264,7 +264,7 @@ def test_the_plan_counts_what_the_batch_holds(tmp_path: Path) -> None:
 def test_a_shared_image_is_encoded_once(tmp_path: Path) -> None:
     """Two pairs about one image in a row: the encoder's work of one; a row without images has none that is useful."""
     skeleton = build_skeleton(model_of(tmp_path), NUM_TOKENS)
-    counter = build_counter(skeleton, COMPONENTS)
+    counter = build_work_counter(skeleton, COMPONENTS)
     batch = pairs_with_images(skeleton, 2)
     shared = replace(batch, pixel_values=batch.pixel_values[:1])
     image = counter.costs.per_image_token * 16
