@@ -22,7 +22,7 @@ from pivot.config_load import to_yaml
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.shards import DamagedSample, ShardSet
 from pivot.evaluate.intervals import Interval
-from pivot.evaluate.outcomes import read_outcomes
+from pivot.evaluate.outcomes import compare, read_outcomes
 from pivot.evaluate.task import Measure
 from pivot.evaluate.tasks import titled_measures
 from pivot.evaluate.vqa import BLIND, VQA
@@ -176,7 +176,7 @@ def _change(moments: list[Moment], metric: str) -> Interval | None:
         return None
     try:
         before, after = (read_outcomes(m.run.folder, m.row["step"]) for m in moments[-2:])
-        return compare_spent(before, after, metric)
+        return compare(before, after, metric)
     except (OSError, ValueError, KeyError, IndexError, TypeError, BadZipFile):
         return None  # a file in held_out/ is damaged; the shares themselves stand in the log
 
