@@ -30,7 +30,8 @@ while True:
     time.sleep(0.05)
 """
 STAGE = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 from launch.stopping import run_until_stopped
 print(*run_until_stopped(sys.argv[1:], dict(os.environ), '.'), flush=True)
 """
