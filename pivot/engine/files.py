@@ -17,7 +17,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,24 +69,24 @@ class Span(NamedTuple):
 
 
 class SavedShards:
-    """The trained parameters of one checkpoint. `load` reads a file of torch.save, mapped, running nothing in it.
+    """The parameters of one checkpoint, of any ZeRO stage; ZeRO-0 keeps its optimizer's state in no shards.
 
-    Raises ValueError, naming the file, where the shards do not hold what they should.
+    Raises ValueError where the folder holds nothing of DeepSpeed's, and for files that would have to run something.
     """
 
-    def __init__(self, folder: Path, load: Callable[[Path], dict[str, Any]]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._models = [_open(path) for path in sorted(folder.glob("*_model_states.pt"), key=_rank_of)]
+        if not self._models:
+            raise ValueError(f"{folder}: found no *_model_states.pt; expected a checkpoint that DeepSpeed has written")
         files = sorted(folder.glob("*_optim_states.pt"), key=_rank_of)
-        self._models = [load(path) for path in sorted(folder.glob("*_model_states.pt"), key=_rank_of)]
-        self._ranks = [load(path)["optimizer_state_dict"] for path in files]
-        if not self._ranks or not self._models:
-            raise ValueError(f"{folder}: found no shards of ZeRO-1, 2 or 3; another number of ranks cannot read it")
-        self._partitioned = "fp32_flat_groups" in self._ranks[0]
+        self._ranks = [_open(path)["optimizer_state_dict"] for path in files]
+        self._partitioned = bool(self._ranks) and "fp32_flat_groups" in self._ranks[0]
         self._spans = self._find_partitions() if self._partitioned else self._find_slices()
 
     @property
     def names(self) -> list[str]:
-        """The trained parameters."""
+        """The trained parameters, whose masters and moments are in the shards."""
         return list(self._spans)
 
     @property
@@ -103,11 +103,13 @@ class SavedShards:
         """float32[numel]: the whole of a trained parameter's master or moment."""
         return torch.cat([self._piece(span, kind) for span in self._spans[name]])
 
-    def read_frozen(self, name: str) -> Tensor | None:
-        """[numel] in the run's precision: a weight that was not trained; None where the shards hold none."""
+    def read_weights(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """[numel]: a weight in the run's precision, trained or not; None where the shards hold none."""
         if not self._partitioned:
             value = self._models[0]["module"].get(name)
             return None if value is None else value.flatten()
+        if name in self._spans:
+            return self.read(name, MASTER).to(dtype)
         shape = (self._models[0].get("frozen_param_shapes") or {}).get(name)
         if shape is None:
             return None
@@ -151,3 +153,8 @@ class SavedShards:
 def _rank_of(path: Path) -> int:
     rank = re.search(r"pp_rank_(\d+)_", path.name)
     return int(rank[1]) if rank else 0
+
+
+def _open(path: Path) -> dict[str, Any]:
+    with inert_loading():
+        return torch.load(path, map_location="cpu", mmap=True)

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from pivot.engine.files import MASTER, SavedShards, inert_loading
+from pivot.engine.files import MASTER, SavedShards
 from pivot.system.distributed import World
 
 
@@ -27,10 +27,12 @@ def load_reshaped(
     ValueError where the shards are not of this model; RuntimeError where DeepSpeed holds other weights afterwards.
     """
     stage = int(engine.zero_optimization_stage())
-    if stage == 0:
-        raise ValueError(f"{folder}: only ZeRO-1, 2 and 3 can take over the shards of others; set deepspeed to one")
-    with inert_loading():
-        saved = SavedShards(folder, lambda path: torch.load(path, map_location="cpu", mmap=True))
+    saved = SavedShards(folder)
+    if stage == 0 or not saved.names:
+        raise ValueError(
+            f"{folder}: ZeRO-0 keeps the optimizer's state in no shards, so neither can it go on from another stage or "
+            "number of ranks, nor they from it; set deepspeed and the number of ranks back"
+        )
     name_of = {parameter: name for name, parameter in engine.module.named_parameters()}
     _require_same_parameters(saved, [name_of[parameter] for group in trained for parameter in group])
     for index, (parameters, master) in enumerate(zip(trained, _masters(engine.optimizer), strict=True)):
@@ -42,7 +44,7 @@ def load_reshaped(
         if moments:
             optimizer.state[master] = {"step": _count_of(saved.num_updates(index), optimizer, master), **moments}
     for name, parameter in engine.module.named_parameters():
-        whole = saved.read(name, MASTER) if parameter.requires_grad else saved.read_frozen(name)
+        whole = saved.read(name, MASTER) if parameter.requires_grad else saved.read_weights(name, parameter.dtype)
         if whole is not None:
             _set_weights(name, parameter, whole, world)
 

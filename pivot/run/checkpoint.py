@@ -209,12 +209,23 @@ def find(checkpoints: Path, world: World, say: Callable[[str], None]) -> Checkpo
     for folder in reversed(folders):
         manifest, problem = _verify(folder, world)
         if problem is None:
-            state = json.loads((folder / "state.json").read_text())
-            return Checkpoint(folder, manifest["step"], manifest, state)
+            return _opened(folder, manifest)
         say(f"warning: {folder} is damaged and is not used: {problem}")
     if folders:
         raise RuntimeError(f"{checkpoints}: every checkpoint is damaged; start afresh in another output_dir")
     return None
+
+
+def open_one(folder: Path, world: World) -> Checkpoint:
+    """The checkpoint in `folder`, verified. Collective. ValueError where it is none, or is damaged."""
+    manifest, problem = _verify(folder, world)
+    if problem is not None:
+        raise ValueError(f"{folder} is damaged, or no checkpoint: {problem}")
+    return _opened(folder, manifest)
+
+
+def _opened(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(folder, manifest["step"], manifest, json.loads((folder / "state.json").read_text()))
 
 
 def _read_latest(checkpoints: Path) -> str:

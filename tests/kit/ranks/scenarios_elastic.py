@@ -70,7 +70,7 @@ def take_over(folder: Path, source: Path, stage: int, written: Written) -> dict[
     after = weights(engine)
     if dist.get_rank() > 0:
         return {}
-    before, now = (SavedShards(path / "step-00000002", _load) for path in (source, again))
+    before, now = (SavedShards(path / "step-00000002") for path in (source, again))
     unbroken = torch.load(folder / f"unbroken-{source.name}-{source.parent.name.removeprefix('written-')}.pt")
     dtype = torch.bfloat16 if bf16 else torch.float32
     return {
@@ -90,7 +90,7 @@ def take_over(folder: Path, source: Path, stage: int, written: Written) -> dict[
             name
             for name in held
             if any(name.startswith(part) for part in frozen)
-            and not torch.equal(held[name].flatten(), before.read_frozen(name))
+            and not torch.equal(held[name].flatten(), before.read_weights(name, dtype))
         ],
         "updates": [now.num_updates(group) for group in range(3 - len(frozen))],
         "rates": [group["lr"] for group in engine._engine.optimizer.param_groups],
@@ -103,10 +103,6 @@ def take_over(folder: Path, source: Path, stage: int, written: Written) -> dict[
             for n, w in unbroken.items()
         ),
     }
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def _save(engine: Engine, folder: Path) -> None:

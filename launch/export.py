@@ -1,0 +1,36 @@
+"""Export a checkpoint as a model: `python launch/export.py RUN_OR_CHECKPOINT --out DIR`. No GPU is needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from command import OK, tell_error
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        description="Write what a run's end would have exported, had it ended at a checkpoint: an HF LLaVA folder, or "
+        "its parts for what LLaVA cannot express.",
+    )
+    parser.add_argument(
+        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run (its newest sound checkpoint), or one"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder, or one to be made")
+    options = parser.parse_args(arguments)
+    try:
+        from pivot.run.export import export_checkpoint  # here, so that --help needs nothing installed
+
+        export_checkpoint(options.path, options.out, print)
+        print(f"exported   {options.out}")
+        return OK
+    except Exception as error:
+        return tell_error(error)
+
+
+if __name__ == "__main__":
+    from pivot.system.process import leave
+
+    leave(main(sys.argv[1:]))
