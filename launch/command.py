@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -106,7 +107,14 @@ def main(objective: str, arguments: list[str], *, task: Task = train, script: st
         mistake = f"unknown flag {min(unknown)}" if unknown else "no CONFIG was given"
         print(f"error: {mistake}\n{USAGE.format(script=script)}", file=sys.stderr)
         return USAGE_ERROR
-    from pivot.config_load import load_config, to_yaml  # here, so that --help needs nothing installed
+    from pivot.system import preemption  # here, and below: --help needs nothing installed
+
+    with contextlib.nullcontext() if flags else preemption.listening():
+        return _start(task, words, objective, flags)
+
+
+def _start(task: Task, words: list[str], objective: str, flags: set[str]) -> int:
+    from pivot.config_load import load_config, to_yaml
 
     try:
         config = load_config(words[0], words[1:], objective)
@@ -119,13 +127,16 @@ def main(objective: str, arguments: list[str], *, task: Task = train, script: st
 
 
 def _run(task: Task, config: Config, check_only: bool) -> int:
-    from pivot.system import distributed
+    from pivot.system import distributed, preemption
 
     try:
         code = task(config, check_only)
+    except preemption.Preempted as asked:  # training has said so itself
+        print(f"stopped by {asked}; what is finished stays, the same command goes on", flush=True)
+        code = AGAIN
     except Exception as error:
         code = tell_error(error)
-    except KeyboardInterrupt:  # before training remembers signals: there is nothing to save yet
+    except KeyboardInterrupt:  # only --check dies of it
         code = INTERRUPTED
     distributed.stop(code)
     return code
@@ -143,9 +154,9 @@ def tell_error(error: Exception) -> int:
         where = error.filename or "output_dir or data.cache_dir"
         _print_error(f"error: {where}: {error.strerror}; free some, the same command goes on")
         return FAILED
-    from pivot.system.distributed import FailedElsewhere
+    from pivot.system.distributed import is_echo
 
-    if isinstance(error, FailedElsewhere) or "Connection closed by peer" in str(error):  # a rank that tells the whole
+    if is_echo(error):  # of a rank that tells the whole, or is dead
         _print_error(f"[rank {rank}] {error}")
         return FAILED
     _print_error("".join(traceback.format_exception(error)).rstrip())

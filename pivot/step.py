@@ -1,7 +1,7 @@
 """Where steps come from, and one micro-batch of a step: forward, objective, backward; for training, tests, benchmarks.
 
 Where the host waits for the GPU. Ours: once an optimizer step (`StepMetrics.reduce`), once more where the step's norms
-are measured (`log.every_steps`); the run's first step checks more.
+are measured (`log.every_steps`), and ahead of each step, to agree on whether to stop; the run's first step checks more.
 DeepSpeed 0.19.8's own, which no setting of ours takes away:
 - each micro-batch, ZeRO-1/2 with overlap_comm: `synchronize()` per reduced bucket and behind each reducing backward;
 - each micro-batch, ZeRO-3: the reduction stream behind each backward, and whoever is more than two fetches or two

@@ -5,12 +5,12 @@ train(load_config("run.yaml", ["optim.lr=1e-6"], "dpo"))
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from pivot.metrics import StepMetrics, Timer, peak_memory_gib
 from pivot.models.build import WeightSources, build_mllm
 from pivot.models.mllm import MLLM
 from pivot.models.parts import write_model
-from pivot.run.folder import DONE, FAILED, PREEMPTED, RunFolder
+from pivot.run.folder import RunFolder
 from pivot.run.log import RunLog
 from pivot.run.profile import Tracer
 from pivot.run.spent import Clock, compare_spent, describe_spent
 from pivot.run.state import Progress, RunState
+from pivot.run.status import DONE, PREEMPTED
 from pivot.startup.facts import start_facts
 from pivot.startup.flops import build_work_counter, measure_matmul_tflops
 from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
@@ -43,8 +44,9 @@ from pivot.startup.selfcheck import (
     start_margins,
 )
 from pivot.step import Step, StepSource, run_micro_batch
-from pivot.system import distributed
-from pivot.system.distributed import StopSignal, World
+from pivot.system import distributed, fault, preemption
+from pivot.system.distributed import World
+from pivot.system.preemption import Preempted
 from pivot.system.redact import tell
 
 MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
@@ -53,13 +55,34 @@ MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is n
 def train(config: Config, *, check_only: bool = False) -> str:
     """Run `config` to its end, going on from its own checkpoint where there is one. Collective.
 
-    Returns DONE, or PREEMPTED when a signal asked to stop and the same command goes on. With `check_only`, settings and
-    data are checked and shown and no weight is loaded. Raises ValueError for what the
-    user can mend, RuntimeError for what the machine did.
+    Returns DONE, or PREEMPTED when it was asked to stop and the same command goes on: everything is saved then. With
+    `check_only`, settings and data are checked and shown and no weight is loaded. Raises ValueError for what the user
+    can mend, RuntimeError for what the machine did.
     """
-    world = distributed.start(config.train.timeout_s)
+    with contextlib.nullcontext() if check_only else preemption.listening():
+        world = distributed.start(config.train.timeout_s)
+        folder = RunFolder(config.output_dir)
+        try:
+            return _run(config, folder, world, check_only)
+        except Preempted as asked:
+            if world.is_main:
+                step = folder.newest_step()
+                goes_on = f"at step {step}, which is saved; the same command goes on"
+                anew = "before there was anything to save; the same command starts anew"
+                tell(f"stopped    by {asked} {goes_on if step else anew}")
+                if folder.status.owner:
+                    folder.status.end(PREEMPTED, step=step, reason=f"stopped by {asked}")
+            return PREEMPTED
+        except BaseException as error:
+            folder.status.fail(world.rank, error)
+            raise
+        finally:
+            folder.release()
+
+
+def _run(config: Config, folder: RunFolder, world: World, check_only: bool) -> str:
     say: Say = tell if world.is_main else _silent
-    folder = RunFolder(config.output_dir)
+    distributed.check_preemption()
     with distributed.shared_failure(f"opening {folder.path}"):
         if world.is_main:
             folder.check(config)  # before minutes of reading data
@@ -67,25 +90,19 @@ def train(config: Config, *, check_only: bool = False) -> str:
     say(first_screen(config, inputs, world))
     if check_only:
         return DONE
+    distributed.check_preemption()
     finished: int | None = None
     with distributed.shared_failure(f"opening {folder.path}"):
         if world.is_main:
             finished = folder.claim(config, inputs.total_steps, say)
-    finished, folder.id = distributed.broadcast((finished, folder.id))
+    finished, folder.id, folder.status.owner = distributed.broadcast((finished, folder.id, folder.status.owner))
     if finished is not None:
         say(f"this run is finished: {finished} steps done, export in {folder.export}")
         return DONE
-    status: dict[str, Any] = {"status": FAILED, "reason": "the process ended before the run did, without an error"}
-    try:
-        status = Trainer(config, folder, inputs, world).run()
-    except BaseException as error:
-        status["reason"] = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        if world.is_main:
-            folder.set_status(**status)
-            folder.release()
-    return status["status"]
+    steps = Trainer(config, folder, inputs, world).run()
+    if world.is_main:
+        folder.status.end(DONE, step=steps)
+    return DONE
 
 
 def _silent(text: str) -> None:
@@ -103,12 +120,15 @@ class Trainer:
         self.objective = inputs.objective
         self.model = self._build_model(inputs.sources)
         self.engine = self._build_engine()
+        distributed.check_preemption()
         # Now, while the engine still holds the weights that the run starts from.
         references = open_references(config, inputs, world, self.say, start_weights=self._score)
         self.reference, self.held_out_reference = references.train, references.held_out
         self.counter = build_work_counter(inputs.skeleton, config.optim.trained())
         self.state = RunState(config, folder, self.engine, inputs.plan, self.objective, world, self.say)
         self.state.restore(self.progress)
+        distributed.check_preemption()
+        self.saved_step = self.progress.step
         self.log = RunLog(
             folder.path,
             first_step=self.progress.step,
@@ -116,8 +136,8 @@ class Trainer:
             is_main=world.is_main,
             tensorboard=config.log.tensorboard,
         )
-        self.stop: StopSignal | None = None
-        self.stopping = False
+        self.tracer = Tracer(folder.path / "profile", config.log.profile_steps, world, self.say)
+        self.save_asked = False
         self.waited_s = 0.0  # of the loader's data_wait_s, what is in the log
 
     def _build_model(self, sources: WeightSources) -> MLLM:
@@ -149,22 +169,37 @@ class Trainer:
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Train what is left, then export; the status: done, or preempted when a signal came (the state is saved)."""
+    def run(self) -> int:
+        """Train what is left, then export; the steps that are done.
+
+        Raises Preempted on all ranks, with the state saved, once one of them was asked to stop.
+        """
+        try:
+            self._train()
+            self._evaluate()
+            self._export()
+        except Preempted:
+            self.tracer.stop()
+            if self.progress.step > self.saved_step:
+                self._save()
+            raise
+        self._log_end()
+        self.log.close()
+        return self.progress.step
+
+    def _train(self) -> None:
         progress, total = self.progress, self.inputs.total_steps
         with distributed.shared_failure(f"looking for room in {self.folder.checkpoints}"):
             if self.world.is_main:
                 self.state.require_space(total - progress.step)
         timer = Timer(self._log_start())
-        self.stop = StopSignal()
         tolerance = self._margin_tolerance() if progress.step == 0 else None
         if progress.step < total and self._evaluates(progress.step):
             self._evaluate()
-        tracer = Tracer(self.folder.path / "profile", self.config.log.profile_steps, self.world, self.say)
         loader = self.loader(self.inputs.plan, first_step=progress.step, bad_samples_dir=self.folder.path)
         skipped = 0
-        for step_plan, micro_batches in islice(loader, total - progress.step):
-            tracer.before_step()
+        for step_plan, micro_batches in distributed.until_asked(islice(loader, total - progress.step)):
+            self.tracer.before_step()
             metrics = self.train_step(step_plan, micro_batches, loader, timer, tolerance)
             progress.step = step_plan.step + 1
             if progress.step % self.config.log.every_steps == 0 or progress.step == total:
@@ -174,23 +209,21 @@ class Trainer:
             if skipped >= MAX_SKIPPED_IN_A_ROW:
                 raise RuntimeError(f"{skipped} steps in a row had a loss or gradient that is not finite; see log.jsonl")
             every = self.config.checkpoint.every_steps
-            if self.stopping or progress.step == total or (every and progress.step % every == 0):
-                self.clock.read()
-                self.state.save(progress)
-            if self.stopping:
-                break
+            if self.save_asked or progress.step == total or (every and progress.step % every == 0):
+                self._save()
             if progress.step < total and self._evaluates(progress.step):
                 self._evaluate()
                 timer.read()  # the rates are those of training
-        tracer.stop()
-        if progress.step < total:
-            self.say(f"stopped at step {progress.step} on a signal; the same command goes on")
-            return {"status": PREEMPTED, "step": progress.step}
-        self._evaluate()
-        self._export()
-        self._log_end()
-        self.log.close()
-        return {"status": DONE, "step": progress.step}
+        self.tracer.stop()
+
+    def _save(self) -> None:
+        self.clock.read()
+        self.state.save(self.progress)
+        self.saved_step = self.progress.step
+        if self.save_asked and self.world.is_main:
+            self.folder.status.forget_save()
+            self.say(f"saved      as the file {self.folder.path / 'save'} asked, which is removed")
+        self.save_asked = False
 
     def train_step(
         self,
@@ -204,6 +237,7 @@ class Trainer:
 
         In the run's first step every parameter must get a gradient, and with a `tolerance` every margin be zero.
         """
+        fault.inject(self.world.rank, self.progress.step + 1)
         sums, device = StepMetrics(self.world), self.world.device
         num_masked, first = loader.num_masked, self.progress.step == 0
         watch = GradientWatch(self.model) if first else None
@@ -226,10 +260,10 @@ class Trainer:
         # Since the step before: the loader waits for a step's first micro-batch before it hands the step over.
         sums.add({"wait_s": loader.data_wait_s - self.waited_s, "peak_memory_gib": peak_memory_gib(device)})
         self.waited_s = loader.data_wait_s
-        stop = self.stop is not None and self.stop.received is not None
-        sums.add({"masked": loader.num_masked - num_masked, "stop": stop})
+        sums.add({"masked": loader.num_masked - num_masked})
+        sums.add({"save": self.world.is_main and self.folder.status.asks_to_save()})
         learned, told = sums.reduce()
-        self.stopping = told["stop"] > 0  # on one rank is on all: they leave the loop together
+        self.save_asked = told["save"] > 0
         self._count_work(step_plan, told, timer)
         metrics = learned | {"masked": told["masked"]} | updated
         if not metrics["skipped_steps"]:
@@ -275,6 +309,7 @@ class Trainer:
         step = self.progress.step
         if self.inputs.held_out is None or distributed.broadcast(self.log.has_evaluation(step)):
             return
+        distributed.check_preemption()
         evaluation = evaluator.evaluate(
             self.inputs.held_out,
             self.inputs.processor,
@@ -311,6 +346,7 @@ class Trainer:
 
     def _export(self) -> None:
         """The trained model as an HF folder, read back and compared by rank 0."""
+        distributed.check_preemption()
         state = self.engine.state_dict()
         with distributed.shared_failure("exporting"):
             if self.world.is_main:

@@ -23,6 +23,7 @@ from pivot.data.order import mix64
 from pivot.data.samples import ROLES_OF_KIND, completions_of
 from pivot.data.shards import ShardSet
 from pivot.processor.conversation import ChangedAnswer
+from pivot.system import preemption
 from pivot.system.files import write_array
 from pivot.system.workers import worker_pool
 
@@ -103,6 +104,7 @@ def build_lengths(
         for i, blocks in count(missing):
             parts = []
             for block in blocks:
+                preemption.check()
                 parts.append(block)
                 done += len(block)
                 if progress is not None and (done - reported >= BLOCK_ROWS or done == total):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from pivot.data.images import ImageError, load_image
 from pivot.data.plan import Plan, StepPlan
 from pivot.data.samples import completions_of
 from pivot.data.shards import DamagedSample, ShardSet
+from pivot.system.preemption import SIGNALS
 from pivot.system.sentences import in_our_words
 from pivot.system.workers import be_worker_of, ending
 
@@ -276,4 +276,4 @@ class _Once:
 
 def _start_worker(trainer: int, worker: int) -> None:
     """A cluster signals every process of a job: the trainer decides what follows, its workers keep reading."""
-    be_worker_of(trainer, ignore=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+    be_worker_of(trainer, ignore=SIGNALS)

@@ -106,8 +106,16 @@ class ReferenceCache:
         A run that was cut goes on with the first shard that is missing. A plan that visits a part of the set leaves
         shards with values for that part.
         """
+        try:
+            self._fill(loader, score, world, say, first_step)
+        finally:  # also when the ranks are asked to stop: what was scored stays
+            if world.is_main:
+                self._write_unfinished(loader.plan)
+        torch.distributed.barrier()
+
+    def _fill(self, loader: Loader, score: Score, world: World, say: Callable[[str], None], first_step: int) -> None:
         done, total = first_step * loader.plan.global_batch_size, loader.plan.limit or loader.plan.num_pairs
-        for step_plan, micro_batches in loader:
+        for step_plan, micro_batches in distributed.until_asked(loader):
             own = [self._score(batch, score) for batch in micro_batches]
             for scored in distributed.gather(np.concatenate(own)):
                 self._records[scored["row"]] = scored["record"]
@@ -115,9 +123,6 @@ class ReferenceCache:
             if world.is_main:
                 self._write_finished(step_plan.ids, loader.plan)
             say(f"reference log-probs: {done} of {total} pairs")
-        if world.is_main:
-            self._write_unfinished(loader.plan)
-        torch.distributed.barrier()
 
     @torch.no_grad()
     def _score(self, batch: PackedBatch, score: Score) -> np.ndarray:

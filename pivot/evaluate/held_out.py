@@ -94,6 +94,7 @@ def open_held_out(
     with distributed.shared_failure("counting tokens"):
         if world.is_main:
             build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"))
+    distributed.check_preemption()
     lengths = load_lengths(shards, processor, cache_dir)
     if lengths.rejected.all():
         roles = (CHOSEN, REJECTED)

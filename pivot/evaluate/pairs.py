@@ -44,8 +44,8 @@ def score_pairs(
     `forward` maps a batch on the device to float32[N]. Samples that could not be read are left out of both.
     """
     terms, parts = Terms(objective), []
-    for _, micro_batches in source:
-        for host_batch in micro_batches:
+    for _, micro_batches in distributed.until_asked(source):
+        for host_batch in distributed.until_asked(micro_batches):
             if reference is not None:
                 host_batch.completion_values[REFERENCE] = reference.lookup(host_batch)
             batch = host_batch.to(world.device)

@@ -14,7 +14,7 @@ from pivot.evaluate.generation import generate, stock_attention
 from pivot.evaluate.held_out import HeldOut, Question
 from pivot.models.mllm import MLLM
 from pivot.processor import Processor
-from pivot.system import distributed
+from pivot.system import distributed, preemption
 from pivot.system.distributed import World
 
 MAX_BATCH = 128  # prompts; what bounds it for real models is the token budget
@@ -44,7 +44,10 @@ def answer_questions(
     texts: dict[int, str] = {}
     with stock_attention(model):
         for rows in own:
+            if distributed.any_asked() if in_step else preemption.reason():
+                break
             texts |= _answer(held_out, rows, model, processor, world, max_new_tokens=max_new_tokens, in_step=in_step)
+    distributed.check_preemption()
     return {row: text for part in distributed.gather(texts) for row, text in part.items()}
 
 

@@ -26,6 +26,7 @@ from pivot.models.parts import is_parts, load_projector, part_paths, recorded_mo
 from pivot.models.projector import Projector
 from pivot.pretrained import digest_weights, draws_weights, read_text_config
 from pivot.processor import Processor
+from pivot.system.distributed import check_preemption
 
 # Two configurations describe the same language model when these agree.
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
@@ -135,8 +136,10 @@ def build_mllm(
             encoder = sources.encoder if "vision_tower" in taken else None
             loaded = load_llava(sources.init_from, model, dtype=dtype, gather=gather, parts=taken, encoder=encoder)
             parts = {name: getattr(loaded, name) for name in taken}
+        check_preemption()
         if "vision_tower" not in parts:
             parts["vision_tower"] = build_vision_tower(sources.encoder, dtype=dtype, gather=gather)
+            check_preemption()
         if "language_model" not in parts:
             assert model.language_model.path is not None
             parts["language_model"] = build_language_model(model.language_model.path, dtype=dtype)

@@ -74,12 +74,13 @@ def save(
     size_bytes: int,
     keep: int,
     say: Callable[[str], None],
+    last_words: Callable[[BaseException], None] = lambda error: None,
 ) -> Path:
     """Write and publish the checkpoint of `step`; collective. `state` comes back from `load`, the same on all ranks.
 
     `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints). What was published before stays as it
-    is. A rank that fails says so and ends the process: the others wait inside DeepSpeed's barriers, where only the
-    launcher can reach them. OSError (ENOSPC) when the disk is too small.
+    is. A rank that fails says so, to `last_words` first, and ends the process: the others wait inside DeepSpeed's
+    barriers, where only the launcher can reach them. OSError (ENOSPC) when the disk is too small.
     """
     final = distributed.broadcast(step_folder(checkpoints, step))
     partial = final.with_name(final.name + ".tmp")
@@ -94,7 +95,8 @@ def save(
         torch.save(distributed.rng_state(), partial / f"rank-{world.rank:05d}.pt")
         if world.is_main:
             (partial / "state.json").write_text(json.dumps(state, indent=1))
-    except BaseException:
+    except BaseException as error:
+        last_words(error)
         free = shutil.disk_usage(checkpoints).free / 2**30
         tell(traceback.format_exc(), to=sys.stderr)
         tell(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", to=sys.stderr)

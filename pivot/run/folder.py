@@ -1,6 +1,6 @@
 """The run directory: who may write into it, whether a start goes on from what is there, and how a run ended.
 
-config.yaml  run.json  log.jsonl  checkpoints/  export/  status
+config.yaml  run.json  log.jsonl  checkpoints/  export/  status (status.py)
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from pivot.config import KEYS, Config, ConfigError, flatten
 from pivot.config_load import load_saved, to_yaml
 from pivot.models.parts import is_model
 from pivot.run.checkpoint import MANIFEST, published, sweep
+from pivot.run.status import DONE, RUNNING, RunStatus, is_status, last_sign
 from pivot.system.files import read_object, write_atomically, write_json
 from pivot.system.lock import FileLock, Held
-from pivot.system.redact import redact, redact_values
-
-DONE, PREEMPTED, FAILED, RUNNING = "done", "preempted", "failed", "running"
+from pivot.system.redact import redact_values
 
 # What may lie in a folder that is no run yet: our own first files, and what job schedulers, launchers, file systems and
 # dying processes leave behind. Everything else may be somebody's work.
-_OWN = ("lock", "cache", "run.json", "*.part")
+_OWN = ("lock", "cache", "run.json", "stop", "save", "*.part")
 _LITTER = ("*.out", "*.err", "*.log", "log", "logs", "slurm*", "core", "core.*", ".*", "lost+found", "Thumbs.db")
 # Errors that another output_dir mends, unlike those of a disk that is full or broken.
 _MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -44,6 +43,7 @@ class RunFolder:
         self.export = self.path / "export"
         self.id = ""  # of the run, drawn at its first start; "" for one that was begun before runs had ids
         self._lock = FileLock(self.path / "lock")
+        self.status = RunStatus(self.path, self._lock)
 
     def check(self, config: Config) -> None:
         """ConfigError where `output_dir` cannot become or go on being this run's folder; nothing is changed."""
@@ -107,8 +107,9 @@ class RunFolder:
         self._name_run(known, folders)
         write_atomically(self.path / "config.yaml", to_yaml(config))
         self._sweep(say)
+        self.status.forget_requests(say)
         if finished is None:
-            self.set_status(RUNNING)
+            self.status.begin()
         return finished
 
     def _read_status(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -117,7 +118,14 @@ class RunFolder:
         if path.is_file() and not is_status(status):
             say(f"warning: {path} is damaged and is not used; the checkpoints say where to go on")
             return {}
+        if status.get("status") == RUNNING:  # whoever wrote that has let go of the lock
+            say(f"status     the start before this one ended and left no reason; {last_sign(status)}".rstrip("; "))
         return status
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint that is published; 0 where there is none."""
+        folders = published(self.checkpoints)
+        return int(folders[-1].name.removeprefix("step-")) if folders else 0
 
     def _find_saved(self, known: dict[str, Any], status: dict[str, Any]) -> str:
         """What says that the run has saved a checkpoint; "" where nothing does."""
@@ -163,26 +171,16 @@ class RunFolder:
         try:
             self._lock.take()
         except Held as held:
+            sign = last_sign(read_object(self.path / "status"))
             raise ConfigError(
-                f"output_dir: {self.path} is being written by {held}; wait for it to end, or choose another output_dir"
+                f"output_dir: {self.path} is being written by {held}{f' ({sign})' if sign else ''}; wait for it to "
+                "end, or choose another output_dir"
             ) from held
 
     def release(self) -> None:
         """Let another process have it."""
+        self.status.close()
         self._lock.release()
-
-    def set_status(self, status: str, **facts: Any) -> None:
-        """running, done, preempted or failed: what a job script tests, since launchers lose exit codes."""
-        facts = {name: redact(value) if isinstance(value, str) else value for name, value in facts.items()}
-        write_atomically(self.path / "status", json.dumps({"status": status} | facts) + "\n")
-
-
-def is_status(found: dict[str, Any]) -> bool:
-    """Whether `found` is what `RunFolder.set_status` writes."""
-    step = found.get("step", 0)
-    whole = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    named = found.get("status") in (DONE, PREEMPTED, FAILED, RUNNING)
-    return named and whole and ("step" in found or found["status"] not in (DONE, PREEMPTED))
 
 
 @contextlib.contextmanager

@@ -111,6 +111,7 @@ class RunState:
             size_bytes=self._engine.checkpoint_bytes(),
             keep=self._config.checkpoint.keep,
             say=self._say,
+            last_words=lambda error: self._folder.status.fail(self._world.rank, error),
         )
         if self._world.is_main:
             self._folder.note_saved(progress.step)

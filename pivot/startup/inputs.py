@@ -119,6 +119,7 @@ def _count_tokens(data: TrainingData, processor: Processor, workers: int, world:
                 lambda done, of: say(f"counting tokens: {done} of {of}"),
                 workers,
             )
+    distributed.check_preemption()
 
 
 def _require_images(config: Config, plan: Plan) -> None:

@@ -48,6 +48,7 @@ def open_references(
     score = start_weights if own and start_weights is not None else _Lazy(partial(_build_scorer, config, inputs, world))
     # By rank 0: it reads every byte of the weights.
     fingerprint = distributed.broadcast(resolve_fingerprint(config, inputs) if world.is_main else "")
+    distributed.check_preemption()
 
     def complete(shards: ShardSet, cache_dir: Path, plan: Plan) -> ReferenceCache:
         cache = ReferenceCache(cache_dir, fingerprint, shards)

@@ -6,18 +6,19 @@ import contextlib
 import datetime
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pivot.system import preemption
 from pivot.system.launcher import complete_environment
+from pivot.system.preemption import Preempted
 from pivot.system.process import time_limit
 from pivot.system.quiet import silence_known_output
 
@@ -52,7 +53,8 @@ def start(timeout_s: float) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
+        with preemption.meeting():
+            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -115,24 +117,39 @@ def require_equal(name: str, value: object) -> None:
         raise RuntimeError(f"{name} differs between ranks ({listed}); do all nodes see the same files?")
 
 
+# What gloo and NCCL say of a rank that is dead, and of one that does not answer within train.timeout_s.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+SILENT = ("Timed out waiting", "Application timeout caused pair closure", "Watchdog caught collective operation time")
+
+
 class FailedElsewhere(RuntimeError):
     """Another rank's error, which that rank tells the reader about."""
 
 
+def is_echo(error: BaseException) -> bool:
+    """Whether `error` only tells that another rank failed, is gone, or does not answer."""
+    return isinstance(error, FailedElsewhere) or any(text in str(error) for text in (*GONE, *SILENT))
+
+
 @contextlib.contextmanager
 def shared_failure(what: str) -> Iterator[None]:
-    """Run something that may fail on some ranks only; then all raise, the others FailedElsewhere, and none waits."""
+    """Run something that may fail on some ranks only; then all raise, the others FailedElsewhere, and none waits.
+
+    A rank that stops its work with Preempted takes the others along.
+    """
     problem: Exception | None = None
     try:
         yield
     except Exception as error:
         problem = error
-    texts = gather(None if problem is None else f"{type(problem).__name__}: {problem}")
-    if problem is not None:
+    told = gather(None if problem is None else (isinstance(problem, Preempted), type(problem).__name__, str(problem)))
+    if problem is not None and not isinstance(problem, Preempted):
         raise problem
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise FailedElsewhere(f"{what} failed on rank {rank}: {text}")
+    ended = [(rank, *end) for rank, end in enumerate(told) if end is not None]
+    for rank, preempted, kind, text in sorted(ended, key=lambda end: end[1]):  # failures first
+        if not preempted:
+            raise FailedElsewhere(f"{what} failed on rank {rank}: {kind}: {text}")
+        raise Preempted(text)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -142,20 +159,35 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(vote.item())
 
 
-class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR2; a second SIGINT ends the process at once."""
+def check_preemption() -> None:
+    """Preempted on all ranks as soon as one of them was asked to stop. Collective: all must come by equally often."""
+    if not dist.is_initialized():
+        preemption.check()
+    elif any_asked():
+        reasons = gather(preemption.reason())
+        rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+        everywhere = len(set(reasons)) == 1
+        raise Preempted(str(reasons[rank]) if everywhere else f"{reasons[rank]} on rank {rank}")
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._interrupts = 0
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(name, self._remember)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:  # counted: to the first Ctrl-C DeepSpeed's launcher adds a SIGTERM
-            os._exit(130)
-        self.received = signal.Signals(number).name
+def until_asked(items: Iterable[Value]) -> Iterator[Value]:
+    """`items`, equally many on every rank. Preempted on all ranks ahead of one, also out of the wait for it, as soon as
+    one rank was asked to stop. Collective."""
+    waited = iter(items)
+    nothing = object()
+    while True:
+        item = preemption.unless_asked(partial(next, waited, nothing))
+        check_preemption()  # raises where the wait was broken off
+        if item is nothing:
+            return
+        yield item  # type: ignore[misc]  # neither None nor `nothing`
+
+
+def any_asked() -> bool:
+    """Whether a rank was asked to stop, the same on all of them. Collective."""
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return any_rank(preemption.reason() is not None, device)
 
 
 def rng_state() -> dict[str, torch.Tensor]:

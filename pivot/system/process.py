@@ -3,6 +3,7 @@
 import atexit
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ def leave(code: int) -> NoReturn:
     through code that must not throw, and the process aborts ("terminate called without an active exception"): a
     finished run would count as failed. Gloo's threads let go of the last tensors of a collective at any time.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # launchers signal those that are left once the first rank has ended
     with time_limit(code):
         kill_workers()  # multiprocessing's own end would wait for each, be it stuck in a read
         atexit._run_exitfuncs()

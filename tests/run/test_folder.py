@@ -127,16 +127,16 @@ def test_a_damaged_status_is_unknown_and_said(
     (folder.path / "status").write_text(text)
     assert claim(folder, config) is None
     assert "status is damaged and is not used" in capsys.readouterr().out
-    assert json.loads((folder.path / "status").read_text()) == {"status": "running"}
+    assert json.loads((folder.path / "status").read_text())["status"] == "running"
 
 
 def test_a_finished_run_is_one_with_its_export(folder: RunFolder, config: Config) -> None:
     claim(folder, config)
     add_checkpoint(folder, 4)
-    folder.set_status("done", step=4)
+    folder.status.write("done", step=4)
     assert claim(folder, config) is None  # the export is gone: it is made again
     add_export(folder)
-    folder.set_status("done", step=4)
+    folder.status.write("done", step=4)
     assert claim(folder, config) == 4
     assert json.loads((folder.path / "status").read_text()) == {"status": "done", "step": 4}
     assert claim(folder, config, total_steps=5) is None
@@ -149,7 +149,7 @@ def test_an_export_without_one_of_its_shards_is_none(folder: RunFolder, config: 
     (folder.export / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model.safetensors", "b": "two"}}'
     )
-    folder.set_status("done", step=4)
+    folder.status.write("done", step=4)
     assert claim(folder, config) is None
 
 
@@ -167,7 +167,7 @@ def test_checkpoints_that_are_gone_are_missed(folder: RunFolder, config: Config)
     with pytest.raises(ConfigError, match="run.json tells of step 2"):
         claim(folder, config)
     (folder.path / "run.json").unlink()
-    folder.set_status("preempted", step=2)
+    folder.status.write("preempted", step=2)
     with pytest.raises(ConfigError, match="status tells of step 2"):
         claim(folder, config)
     assert json.loads((folder.path / "status").read_text())["status"] == "preempted"
@@ -179,7 +179,7 @@ def test_a_finished_run_needs_no_checkpoints_but_its_settings(
     claim(folder, config)
     folder.note_saved(4)
     add_export(folder)
-    folder.set_status("done", step=4)
+    folder.status.write("done", step=4)
     assert claim(folder, config) == 4
     with pytest.raises(ConfigError, match="optim.projector.lr was 0.0001, is 0.5"):
         claim(folder, make_config(tmp_path, "optim.projector.lr=0.5"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from unittest import mock
 
@@ -109,18 +111,6 @@ def references(folder: Path) -> None:
         print("--- end", flush=True)
 
 
-class Pressed:
-    """Stands for StopSignal: rank 1 alone gets a signal, during the second step."""
-
-    def __init__(self) -> None:
-        self._asked = 0
-
-    @property
-    def received(self) -> str | None:
-        self._asked += 1
-        return "SIGUSR2" if dist.get_rank() == 1 and self._asked >= 2 else None  # asked once a step
-
-
 def stopping(folder: Path) -> None:
     """A signal on one rank ends the run on all, at the same step, with a checkpoint; the run then goes on to its end.
 
@@ -128,7 +118,15 @@ def stopping(folder: Path) -> None:
     """
     changes = {"checkpoint.every_steps": "0", "log.profile_steps": "2"}
     changes |= {"log.compare": "{name: a pre-training, flops: 1e12, samples: 3000, gpu_hours: 10}"}
-    with mock.patch("pivot.train.StopSignal", Pressed):
+
+    steps: list[int] = []
+
+    def inject(rank: int, step: int) -> None:
+        steps.append(step)
+        if rank == 1 and len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with mock.patch("pivot.system.fault.inject", inject):
         status = train(config_of(folder, "stopped", **changes))
     saved = sorted(path.name for path in (folder / "stopped" / "checkpoints").glob("step-*"))
     (folder / f"stopped-{dist.get_rank()}.txt").write_text(f"{status} {saved}")
