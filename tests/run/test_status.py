@@ -99,7 +99,10 @@ def test_a_sign_of_life_is_renewed_until_the_end(rank_0: RunStatus, monkeypatch:
         if read(rank_0)["time"] != "long ago":
             break
         rank_0._over.wait(0.01)
-    assert last_sign(read(rank_0)).startswith("its last sign of life was 0 s ago")
+    # The file tells whole seconds, so that a sign of just now may be rounded to one.
+    assert last_sign(read(rank_0)).startswith(
+        ("its last sign of life was 0 s ago", "its last sign of life was 1 s ago")
+    )
     rank_0.end("done", step=1)
     rank_0._over.wait(0.1)
     assert read(rank_0)["status"] == "done"
