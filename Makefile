@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv lock test test-all test-oldest test-newest check shards bench bench-data sft dpo demo-start demo-sft demo-dpo clean
+.PHONY: help venv lock test test-all test-slurm test-oldest test-newest check shards bench bench-data sft dpo demo-start demo-sft demo-dpo clean
 
 CONFIG ?=
 ARGS ?=
@@ -53,6 +53,9 @@ test-all: $(ENVIRONMENT)  ## Run every test; those for a GPU only where there is
 	@if "$$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(TEST) -m '' $(ARGS); else $(TEST) -m 'not gpu' $(ARGS); fi
 	@echo "passed: $$("$$PYTHON" -m pivot.versions)"
+
+test-slurm: $(ENVIRONMENT)  ## Run launch/slurm/ on a SLURM of two nodes, started on this machine (about 10 minutes)
+	@$(ON_PATH) OMP_NUM_THREADS=1 "$$PYTHON" -m pytest -m slurm tests/slurm $(ARGS)
 
 test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest releases that pivot/versions.py allows
 	@$(MAKE) --no-print-directory test PYTHON=$(CURDIR)/.venv-oldest/bin/python

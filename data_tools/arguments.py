@@ -24,3 +24,11 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 count = whole_number(1)
 seed = whole_number(0, 2**64 - 1)  # it is mixed as 64 bits
+
+
+def share(text: str) -> tuple[int, int]:
+    """(I, N) of `I/N`: share I of N, counted from 1."""
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise ArgumentTypeError(f"expected I/N with I from 1 to N, found {text!r}")
+    return int(number), int(total)

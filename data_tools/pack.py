@@ -49,6 +49,8 @@ class PackOptions:
     mapping: Mapping[str, str] = field(default_factory=dict)  # field -> column
     image_roots: tuple[Path, ...] = ()
     allow_roots: tuple[Path, ...] = ()
+    # (i, n): rows i, i + n, ... counted from 1, so that n machines pack at once
+    share: tuple[int, int] = (1, 1)
     turns: str = "last"  # of an SFT conversation: last | each answer becomes a sample
     max_side: int | None = None  # px; larger images are made smaller, the others keep their bytes
     workers: int = 1
@@ -205,7 +207,11 @@ def _rows(options: PackOptions) -> Iterator[Record | Drop]:
     """Raises ValueError when there is none, before anything is written."""
     format, reader = find_reader(options.source, options.format, options.mapping)
     rows = _cut_turns(reader.read(options.source, options.image_roots, options.mapping.get(IMAGE)), options.turns)
+    share, num_shares = options.share
+    rows = islice(rows, share - 1, None, num_shares)
     first = next(rows, None)
+    if first is None and share > 1:
+        raise ValueError(f"{options.source} holds fewer than {share} rows; take fewer than {num_shares} shares")
     if first is None:
         raise ValueError(f"{options.source} holds no row of the format {format}; look into it, or give its --format")
     return chain([first], rows)
@@ -359,6 +365,7 @@ def identity(options: PackOptions) -> dict[str, Any]:
         "samples_per_shard": options.samples_per_shard,
         "bytes_per_shard": options.bytes_per_shard,
         "tool_version": TOOL_VERSION,
+        "share": None if options.share == (1, 1) else list(options.share),
     }
 
 

@@ -77,7 +77,8 @@ def _finished(options: PackOptions, seed: int) -> PackResult | None:
         Journal(options.out, {"made_by": _made_by(seed)}).look()
         return None
     manifest = json.loads(path.read_text())
-    made, wanted = (manifest.get("made_by"), manifest.get("packed_with")), (_made_by(seed), identity(options))
+    packed_with = {"share": None} | (manifest.get("packed_with") or {})  # there were no shares at first
+    made, wanted = (manifest.get("made_by"), packed_with), (_made_by(seed), identity(options))
     if made != wanted:
         raise ValueError(f"{options.out} holds a set made otherwise ({made}, not {wanted}); choose another --out")
     tally, shards = Tally(**manifest["tally"]), [Shard(**entry) for entry in manifest["shards"]]

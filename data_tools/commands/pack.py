@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import count, seed
+from data_tools.arguments import count, seed, share
 from data_tools.console import Output, bytes_text, count_text
 from data_tools.pack import PackOptions, Tally, pack, try_pack
 from data_tools.readers import READERS, find_reader
@@ -39,6 +39,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--show-mapping", action="store_true", help="print three rows as they are understood, and stop"
+    )
+    command.add_argument(
+        "--share",
+        type=share,
+        default=(1, 1),
+        metavar="I/N",
+        help="pack rows I, I + N, I + 2 N, ... only, so that N machines pack at once, each into its own --out; reshard "
+        "then makes one set of the N",
     )
     command.add_argument(
         "--turns",
@@ -88,6 +96,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         mapping=mapping,
         image_roots=tuple(options.image_root),
         allow_roots=tuple(options.allow_root),
+        share=options.share,
         turns=options.turns,
         max_side=options.max_side,
         workers=options.workers,

@@ -442,3 +442,41 @@ def test_a_shuffled_pack_goes_on_after_a_kill(source, tmp_path, monkeypatch):
     source.write_text(json.dumps(json.loads(source.read_text())[:-1]))
     with pytest.raises(ValueError, match="a pack of another input"):
         pack_shuffled(whole, seed=3)
+
+
+def test_shares_that_several_machines_pack_make_the_set_of_one(source, tmp_path, capsys):
+    """24 rows in 3 shares; joined, they hold each sample of the whole pack once, in whatever order."""
+    pack(PackOptions(source=source, out=tmp_path / "whole", samples_per_shard=5))
+    shares = [str(tmp_path / f"share-{i}") for i in (1, 2, 3)]
+    for number, share in enumerate(shares, 1):
+        assert main(["pack", str(source), "--out", share, "--share", f"{number}/3", "--quiet"]) == 0
+    assert [len(ShardSet.open(share)) for share in shares] == [8, 8, 8]
+    assert main(["reshard", *shares, "--out", str(tmp_path / "joined"), "--quiet"]) == 0
+    whole, joined = ShardSet.open(tmp_path / "whole"), ShardSet.open(tmp_path / "joined")
+    assert sorted(samples(joined)) == sorted(samples(whole))
+
+
+def samples(shards):
+    return [json.dumps(sample) + str(images) for sample, images in map(shards.read, range(len(shards)))]
+
+
+def test_a_share_goes_on_as_the_same_share_only(source, tmp_path):
+    half = PackOptions(source=source, out=tmp_path / "set", samples_per_shard=3, share=(2, 2))
+    pack_until(7, half)
+    for other in ((1, 2), (1, 1), (2, 3)):
+        with pytest.raises(ValueError, match="holds a pack with other options \\(share was"):
+            pack(replace(half, share=other))
+    assert pack(half).tally.rows == 12
+
+
+def test_more_shares_than_rows_are_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="holds fewer than 25 rows; take fewer than 30 shares"):
+        pack(PackOptions(source=source, out=tmp_path / "set", share=(25, 30)))
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_share_that_is_none_is_refused(source, tmp_path, share, capsys):
+    with pytest.raises(SystemExit):
+        main(["pack", str(source), "--out", str(tmp_path / "set"), f"--share={share}"])
+    assert "expected I/N with I from 1 to N" in capsys.readouterr().err
