@@ -206,17 +206,17 @@ def test_slurm_puts_a_job_back_whose_node_is_lost_and_it_goes_on(cluster: Cluste
 
 
 @pytest.mark.parametrize("script", ["deepspeed", "srun"])
-def test_a_job_goes_on_with_a_node_fewer(cluster: Cluster, folder: Path, script: str) -> None:
-    """The same job, told while it waits that one node must do: two ranks save, one goes on."""
+def test_a_run_goes_on_with_a_node_fewer(cluster: Cluster, folder: Path, script: str) -> None:
+    """The same words with --nodes=1: two ranks save, one goes on."""
     run = folder / f"a node fewer {script}"
     job = train(cluster, folder, script, run.name, "train.max_steps=60")
     wait_for_steps(job, run, 5)
     job.signal()
     job.wait_for_requeue(restarts=1)
-    cluster.run("scontrol", "update", f"JobId={job.number}", "NumNodes=1", "NumTasks=1")
-    cluster.start_now(job.number)
-    assert job.wait("COMPLETED", "FAILED")["JobState"] == "COMPLETED", job.story()
-    assert "ranks      2 on cpu" in job.output and "ranks      1 on cpu" in job.output
+    cluster.run("scancel", job.number)
+    other = train(cluster, folder, script, run.name, "train.max_steps=60", options=("--nodes=1",))
+    assert other.wait("COMPLETED", "FAILED")["JobState"] == "COMPLETED", other.story()
+    assert "ranks      2 on cpu" in job.output and "ranks      1 on cpu" in other.output
     assert steps(run) == list(range(1, 61))
 
 
