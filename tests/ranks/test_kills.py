@@ -1,7 +1,7 @@
 """Law: a run whose processes are killed at any moment ends with the weights of the run that nobody touched.
 
 `KILLS=36 make test ARGS="-m slow tests/ranks/test_kills.py --timeout 3600"` kills as often as that. No launcher watches
-over these ranks: one whose peer was killed before they met waits for `train.timeout_s`, here 120 s, and then ends.
+over these ranks: one whose peer was killed before they met waits for `train.timeout_s`, here 40 s, and then ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ deepspeed: ds_configs/zero3.json
 data: {{train: {folder}/set, cache_dir: {folder}/cache, workers: 1}}
 objective: {{dpo: {{loss: {{sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}}, bco_shift: running_mean}}}}
 optim: {{vision_tower: {{lr: 2e-4}}, projector: {{lr: 1e-3}}, language_model: {{lr: 5e-4}}}}
-train: {{global_batch_size: 6, max_steps: {steps}, max_tokens_per_micro_batch: 400, seed: 3, timeout_s: 120}}
+train: {{global_batch_size: 6, max_steps: {steps}, max_tokens_per_micro_batch: 400, seed: 3, timeout_s: 40}}
 checkpoint: {{every_steps: 1}}
 """
 
