@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import sys
@@ -147,15 +146,18 @@ def _end_now() -> None:
 def _watch(told: socket.socket, over: threading.Event, links: list[tuple[int, int]]) -> None:
     """Sees what the main thread may be unable to see: a second Ctrl-C, and that the launcher is gone."""
     interrupts, asked_at = 0, None
+    told.settimeout(LOOK_EVERY_S)  # not select: a process may have more than its 1,024 files open
     with told:
         while not over.is_set():
-            if select.select([told], [], [], LOOK_EVERY_S)[0]:
+            try:
                 numbers = told.recv(64)
-                interrupts += numbers.count(signal.SIGINT)
-                if interrupts > 1:
-                    _end_now()
-                if asked_at is None and any(number in SIGNALS for number in numbers):
-                    asked_at = time.monotonic()
+            except TimeoutError:
+                numbers = b""
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                _end_now()
+            if asked_at is None and any(number in SIGNALS for number in numbers):
+                asked_at = time.monotonic()
             gone = next((parent for child, parent in links if _parent_of(child) != parent), None)
             if gone is not None and not over.is_set():
                 links = []

@@ -52,7 +52,9 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 
 
 STUCK = """
-import ctypes
+import ctypes, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+held = [open("/dev/null") for _ in range(int(sys.argv[1]))]
 from pivot.system import preemption
 preemption.last_words = lambda: print("last words", flush=True)
 with preemption.listening():
@@ -63,9 +65,11 @@ with preemption.listening():
 """
 
 
-def test_a_second_ctrl_c_ends_a_process_that_waits_in_c() -> None:
-    """Where handlers of Python do not run: only the thread sees it."""
-    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+@pytest.mark.parametrize("num_files", ["0", "1100"])
+def test_a_second_ctrl_c_ends_a_process_that_waits_in_c(num_files: str) -> None:
+    """Where handlers of Python do not run: only the thread sees it, also with more files open than select() takes."""
+    command = [sys.executable, "-c", STUCK, num_files]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
