@@ -19,6 +19,7 @@ def read_version() -> str:
 
 
 REMOTE = ["fsspec[http,s3,gs]", "huggingface_hub"]  # to train from shards that lie elsewhere
+ASSETS = ["gguf>=0.17", "onnx>=1.19"]  # launch/assets.py reads weights of these forms
 TEST = [
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -42,6 +43,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],  # no wheels: needs a CUDA toolkit that matches torch
         "remote": REMOTE,
+        "assets": ASSETS,
         "test": TEST,
         "check": CHECK,
         "dev": TEST + CHECK,

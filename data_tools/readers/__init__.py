@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.readers import (
+    classes,
     llava,
     llava_dpo,
     mmpr,
@@ -61,6 +62,7 @@ def find_row_format(row: dict[str, Any]) -> RowFormat | None:
 READERS: dict[str, Reader] = {
     "mmpr": mmpr,
     "llava_onevision": onevision,
+    "classes": classes,
     "webdataset": TarReader(find_row_format),
     **{name: RowReader(format) for name, format in ROW_FORMATS.items()},
 }
