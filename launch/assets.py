@@ -105,7 +105,8 @@ def convert_dinov2(onnx_file: Path, out: Path) -> str:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     size = {"height": 224, "width": 224}
     BitImageProcessor(size={"shortest_edge": 224}, crop_size=size, resample=3).save_pretrained(out)
-    model, info = Dinov2Model.from_pretrained(out, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(out, output_loading_info=True)
+    model, info = loaded
     if any(info.values()):
         raise RuntimeError(f"{out}: transformers does not find its own names there: {info}")
     return _compare_features(onnx_file, model.eval())
