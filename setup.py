@@ -44,6 +44,7 @@ setup(
         "flash": ["flash-attn"],  # no wheels: needs a CUDA toolkit that matches torch
         "remote": REMOTE,
         "assets": ASSETS,
+        "plots": ["matplotlib>=3.10"],  # of sweeps
         "test": TEST,
         "check": CHECK,
         "dev": TEST + CHECK,

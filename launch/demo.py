@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stopping import run_until_stopped
+from local import run_here, shown_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,22 +69,12 @@ def start(goal: str, folder: Path) -> int:
 
 def stage(name: str, folder: Path, overrides: list[str]) -> int:
     """Run the stage under the deepspeed launcher; the exit code is 0 only when it came to its end."""
-    from pivot.system.process import free_port  # here, so that the first screen needs nothing installed
-
     script, text, minutes = STAGES[name]
     print(f"\n== {name}: {text} (about {minutes:g} min)", flush=True)
-    processes = count_processes()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
-    shown = [f"launch/{script}", f"launch/configs/demo/{name}.yaml", *_settings(name, folder), *overrides]
-    print(f"$ deepspeed --num_gpus {processes} " + " ".join(shown), flush=True)
-    # Two demos at once need two ports. What the launcher has to say is said here, and by the ranks.
-    command += ["--master_port", str(free_port()), "--log_level", "critical", *shown]
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    if not has_gpu():
-        environment = {"DS_ACCELERATOR": "cpu"} | environment  # else each of DeepSpeed's processes says so
+    words = [f"launch/configs/demo/{name}.yaml", *_settings(name, folder), *overrides]
+    print(f"$ {shown_command(script, words)}", flush=True)
     started = time.monotonic()
-    code, stopped = run_until_stopped(command, environment, ROOT)
+    code, stopped = run_here(script, words)
     with (folder / "times.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": name, "seconds": round(time.monotonic() - started, 1)}) + "\n")
     state = _read_status(folder / name)
@@ -97,22 +87,6 @@ def stage(name: str, folder: Path, overrides: list[str]) -> int:
     again = "mend it, or begin anew with DEMO=FOLDER" if code == TO_MEND else "the same command goes on"
     print(f"\n{name} failed (exit code {code}); the reason is above; {again}", file=sys.stderr)
     return code if code > 0 else 1
-
-
-def count_processes() -> int:
-    """NPROC, else one a GPU, else two on the CPU."""
-    if os.environ.get("NPROC", "").strip():
-        return int(os.environ["NPROC"])
-    import torch
-
-    return torch.cuda.device_count() or CPU_PROCESSES
-
-
-def has_gpu() -> bool:
-    """Whether there is a device that a launcher should see; one that torch cannot use counts, training names it."""
-    import torch
-
-    return torch.cuda.is_available() or Path("/dev/nvidia0").exists()
 
 
 def _settings(name: str, folder: Path) -> list[str]:

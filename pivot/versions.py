@@ -24,6 +24,7 @@ RANGES = {
     "simplejpeg": ">=1.9",
     "numpy": ">=2.3",
     "rich": ">=14.0",
+    "scipy": ">=1.16",  # Student's t, for tables over several runs
     "tensorboard": ">=2.20",
     "ninja": ">=1.13",  # DeepSpeed compiles its CPU collectives at the first start
     "fsspec": ">=2025.9",

@@ -6,6 +6,7 @@ Letters: n values, G groups (images).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,3 +59,20 @@ def difference(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> Int
     half = Z * math.sqrt(_cluster_variance(change, groups))
     mean = float(change.mean())
     return Interval(mean, mean - half, mean + half)
+
+
+def mean_of_runs(values: Sequence[float]) -> Interval | None:
+    """The mean over runs with Student's t interval: n - 1 degrees of freedom. None for fewer than two runs."""
+    from scipy import stats  # here: it takes a second, and only tables over several runs need it
+
+    if len(values) < 2:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    mean, error = float(array.mean()), float(array.std(ddof=1)) / math.sqrt(len(array))
+    half = float(stats.t.ppf(0.975, len(array) - 1)) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def difference_of_means(before: Sequence[float], after: Sequence[float]) -> Interval | None:
+    """after - before over runs that are paired (by seed), with the t interval of the paired differences."""
+    return mean_of_runs([second - first for first, second in zip(before, after, strict=True)])

@@ -17,6 +17,11 @@ from pivot.evaluate.vqa import VQA
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.fixture
+def local(demo):
+    return sys.modules["local"]  # as demo.py imported it
+
+
 @pytest.fixture(scope="module")
 def demo():
     sys.path.insert(0, str(ROOT / "launch"))  # as for a script
@@ -90,14 +95,14 @@ def test_the_first_screen_says_what_is_left(demo, tmp_path, capsys, monkeypatch)
     ("code", "status", "expected"),
     [(0, "done", 0), (0, "preempted", 130), (75, "running", 130), (1, "preempted", 1), (1, "failed", 1)],
 )
-def test_a_stage_is_done_only_when_it_says_so(demo, tmp_path, monkeypatch, code, status, expected):
+def test_a_stage_is_done_only_when_it_says_so(demo, local, tmp_path, monkeypatch, code, status, expected):
     """A launcher may lose the code of a run that was told to stop: its status tells. A failure may leave an old one."""
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "status").write_text(json.dumps({"status": status}))
     script = f"import sys; sys.exit({code})"
-    monkeypatch.setattr(demo, "count_processes", lambda: 2)
+    monkeypatch.setenv("NPROC", "2")
     monkeypatch.setattr(
-        demo,
+        local,
         "run_until_stopped",
         lambda command, environment, folder: run_until_stopped([sys.executable, "-c", script], environment, folder),
     )
@@ -123,14 +128,16 @@ def test_a_stage_is_done_only_when_it_says_so(demo, tmp_path, monkeypatch, code,
         ),
     ],
 )
-def test_another_folder_and_seed_are_handed_to_the_run(demo, tmp_path, monkeypatch, capsys, seed, folder, changed):
+def test_another_folder_and_seed_are_handed_to_the_run(
+    demo, local, tmp_path, monkeypatch, capsys, seed, folder, changed
+):
     """As the command that is shown and run says; the user's own settings come last."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setenv("SEED", seed)
-    monkeypatch.setattr(demo, "count_processes", lambda: 2)
+    monkeypatch.setenv("NPROC", "2")
     commands = []
-    monkeypatch.setattr(demo, "run_until_stopped", lambda command, *_: commands.append(command) or (1, False))
+    monkeypatch.setattr(local, "run_until_stopped", lambda command, *_: commands.append(command) or (1, False))
     assert demo.main(["stage", "sft", folder, "train.max_steps=1"]) == 1
     expected = ["launch/train_sft.py", "launch/configs/demo/sft.yaml", *changed, "train.max_steps=1"]
     assert commands[0][-len(expected) :] == expected
