@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command import OK, USAGE_ERROR
+from command import OK, tell_error
 
 README = """# {title}
 
@@ -264,9 +264,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--out is missing: the folder to write {options.name} to")
     try:
         print(f"compared   {make_asset(options.name, options.out, options.wheels)}\nwritten    {options.out}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+    except Exception as error:
+        return tell_error(error)
     return OK
 
 

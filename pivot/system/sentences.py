@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
+OURS = (PACKAGE, PACKAGE.parent / "launch")  # the commands of a checkout speak to the user, too
 
 
 def in_our_words(error: Exception) -> bool:
@@ -13,4 +14,5 @@ def in_our_words(error: Exception) -> bool:
     if not isinstance(error, ValueError) and not (isinstance(error, OSError) and error.errno is None):
         return False
     *_, innermost = traceback.walk_tb(error.__traceback__)
-    return Path(innermost[0].f_code.co_filename).resolve().is_relative_to(PACKAGE)
+    file = Path(innermost[0].f_code.co_filename).resolve()
+    return any(file.is_relative_to(folder) for folder in OURS)
