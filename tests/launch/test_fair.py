@@ -62,7 +62,7 @@ def test_two_arms_are_chosen_on_one_set_and_reported_on_another(tmp_path: Path) 
     for name, first in (("choose", 100), ("report", 200)):
         make_answered_set(tmp_path, name, 6, first_image=first)
     words = [f"sft={tmp_path}/sft.yaml", f"dpo={tmp_path}/run.yaml", "--grid", "optim.projector.lr=1e-3,1e-4"]
-    words += ["--choose-on", f"{tmp_path}/choose", "--seeds", "11,12", "--out", str(tmp_path / "out")]
+    words += ["--choose-on", f"{tmp_path}/choose", "--seeds", "11", "--out", str(tmp_path / "out")]
     same = run(*words, "--report-on", f"{tmp_path}/choose")
     assert same.returncode == 2 and "hold the same samples" in same.stderr
     done = run(*words, "--report-on", f"{tmp_path}/report")
@@ -71,11 +71,6 @@ def test_two_arms_are_chosen_on_one_set_and_reported_on_another(tmp_path: Path) 
     assert chosen.keys() == {"sft", "dpo"} and all(len(arm["scores"]) == 2 for arm in chosen.values())
     with (tmp_path / "out" / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["arm"], row["train.seed"]) for row in rows] == [
-        ("sft", "11"),
-        ("sft", "12"),
-        ("dpo", "11"),
-        ("dpo", "12"),
-    ]
-    config = (tmp_path / "out" / "report" / "dpo,seed=12" / "config.yaml").read_text()
+    assert [(row["arm"], row["train.seed"]) for row in rows] == [("sft", "11"), ("dpo", "11")]
+    config = (tmp_path / "out" / "report" / "dpo,seed=11" / "config.yaml").read_text()
     assert f"{tmp_path}/report" in config and f"{tmp_path}/choose" not in config
