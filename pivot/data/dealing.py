@@ -6,6 +6,7 @@ A unit is what stays together in a row: a pair, or with image trees the pairs of
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import product
 
@@ -54,27 +55,31 @@ def cut(shares: list[list[int]], costs: Sequence[float], tokens: Sequence[int], 
     ZeRO-3 the ranks wait for each other at every micro-batch, so equals should meet.
     """
     num_rows = max(1, max(-(-sum(tokens[unit] for unit in share) // budget) for share in shares))
+    tightest: dict[tuple[int, ...], list[list[int]]] = {}  # by best fit; it does not depend on the number of rows
     while True:
-        evened = _give_each(shares, costs, num_rows)
-        rows = [_fill_rows(share, costs, tokens, budget, num_rows) for share in evened]
-        fitting = [share_rows for share_rows in rows if share_rows is not None]
-        if len(fitting) == len(shares):
-            return fitting
+        rows = []
+        for share in _give_each(shares, costs, num_rows):
+            filled = _fill_rows(share, costs, tokens, budget, num_rows, tightest)
+            if filled is None:
+                break
+            rows.append(filled)
+        if len(rows) == len(shares):
+            return rows
         num_rows += 1  # ends: with a row for each unit everything fits
 
 
 def best_fit_decreasing(units: Sequence[int], tokens: Sequence[int], budget: int) -> list[list[int]]:
     """Rows of at most `budget` tokens: the longest unit first, each into the fullest row that has room."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), the fullest first
     for unit in sorted(units, key=lambda unit: (-tokens[unit], unit)):
-        fits = [row for row in range(len(rows)) if room[row] >= tokens[unit]]
-        row = min(fits, key=lambda row: room[row], default=len(rows))
-        if row == len(rows):
+        place = bisect_left(rooms, (tokens[unit], 0))
+        if place == len(rooms):
             rows.append([])
-            room.append(budget)
+            rooms.append((budget, len(rows) - 1))
+        room, row = rooms.pop(place)
         rows[row].append(unit)
-        room[row] -= tokens[unit]
+        insort(rooms, (room - tokens[unit], row))
     return rows
 
 
@@ -85,20 +90,28 @@ def _give_each(shares: list[list[int]], costs: Sequence[float], least: int) -> l
         while len(poor) < least:
             rich = max(shares, key=len)
             if len(rich) <= least:
-                break
+                return shares  # nor for the poor that follow; each would look through all shares again
             poor.append(rich.pop(rich.index(min(rich, key=lambda unit: (costs[unit], unit)))))
     return shares
 
 
 def _fill_rows(
-    units: list[int], costs: Sequence[float], tokens: Sequence[int], budget: int, num_rows: int
+    units: list[int],
+    costs: Sequence[float],
+    tokens: Sequence[int],
+    budget: int,
+    num_rows: int,
+    tightest: dict[tuple[int, ...], list[list[int]]],
 ) -> list[list[int]] | None:
-    """The units in exactly `num_rows` rows, or None when they do not fit."""
+    """The units in exactly `num_rows` rows, or None when they do not fit. `tightest` keeps each share's best fit."""
     rows = _spread(units, costs, tokens, budget, num_rows)
     if rows is None:  # too tight to be even
-        rows = best_fit_decreasing(units, tokens, budget)
-        if len(rows) > num_rows:
+        share = tuple(units)
+        if share not in tightest:
+            tightest[share] = best_fit_decreasing(units, tokens, budget)
+        if len(tightest[share]) > num_rows:
             return None
+        rows = [list(row) for row in tightest[share]]
         while len(rows) < num_rows and max(map(len, rows), default=0) > 1:
             rows.append([max(rows, key=len).pop()])
         rows += [[] for _ in range(num_rows - len(rows))]
@@ -110,15 +123,20 @@ def _spread(
 ) -> list[list[int]] | None:
     """Rows of even cost, the costliest unit first into the least loaded row with room; None when one has none."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
-    loads, room = [0.0] * num_rows, [budget] * num_rows
+    room = [budget] * num_rows
+    loads = [(0.0, 0, row) for row in range(num_rows)]  # a heap of (cost, units, row)
     for unit in _costliest_first(units, costs):
-        fits = [row for row in range(num_rows) if room[row] >= tokens[unit]]
-        if not fits:
+        full = []  # lighter than the one that is taken, but without room
+        while loads and room[loads[0][2]] < tokens[unit]:
+            full.append(heapq.heappop(loads))
+        if not loads:
             return None
-        row = min(fits, key=lambda row: (loads[row], len(rows[row]), row))
+        cost, _, row = loads[0]
         rows[row].append(unit)
-        loads[row] += costs[unit]
         room[row] -= tokens[unit]
+        heapq.heapreplace(loads, (cost + costs[unit], len(rows[row]), row))
+        for light in full:
+            heapq.heappush(loads, light)
     return rows
 
 

@@ -182,9 +182,11 @@ def load_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path) 
     parts = []
     for shard in shards.shards:
         path = _path(cache_dir, processor, shard)
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: the token counts of {shard.name} were not built (rank 0 builds them)")
-        records = np.load(path, allow_pickle=False)
+        try:  # without looking first: every rank reads every file, and looking asks the file server once more
+            records = np.load(path, allow_pickle=False)
+        except FileNotFoundError as error:
+            told = f"{path} is missing: the token counts of {shard.name} were not built (rank 0 builds them)"
+            raise ValueError(told) from error
         if records.dtype != LENGTH_RECORD or len(records) != shard.samples:
             raise ValueError(f"{path} holds {records.shape} of {records.dtype}, not one record per sample; delete it")
         parts.append(records)

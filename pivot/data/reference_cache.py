@@ -55,11 +55,12 @@ class ReferenceCache:
 
     def _read(self, number: int) -> np.ndarray:
         path, samples = self._path(number), self._shards.shards[number].samples
-        if not path.is_file():
+        try:  # without looking first, as for the token counts
+            records = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
             empty = np.zeros(samples, dtype=RECORD)
             empty["chosen_logp"] = empty["rejected_logp"] = np.nan
             return empty
-        records = np.load(path, allow_pickle=False)
         if records.dtype != RECORD or len(records) != samples:
             raise ValueError(f"{path} holds {records.shape} of {records.dtype}, expected {samples} records; delete it")
         return records

@@ -99,9 +99,21 @@ class SavedShards:
         """Steps that changed the weights, as the optimizer counted them; skipped ones are none."""
         return int(self._state(self._ranks[0], group).get("step", 0))
 
-    def read(self, name: str, kind: str) -> Tensor:
-        """float32[numel]: the whole of a trained parameter's master or moment."""
-        return torch.cat([self._piece(span, kind) for span in self._spans[name]])
+    def read(self, name: str, kind: str, own: slice = slice(None)) -> Tensor:
+        """float32: the elements `own` of a trained parameter's master or moment, flat; no others come into memory."""
+        spans, position, pieces = self._spans[name], 0, []
+        start, stop, _ = own.indices(sum(span.size for span in spans))
+        for span in spans:
+            first, last = max(start - position, 0), min(stop - position, span.size)
+            if first < last:
+                pieces.append(self._piece(span._replace(start=span.start + first, size=last - first), kind))
+            position += span.size
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def holds_weights(self, name: str) -> bool:
+        """Whether `read_weights` gives some."""
+        untrained = "frozen_param_shapes" if self._partitioned else "module"
+        return name in self._spans or name in (self._models[0].get(untrained) or {})
 
     def read_weights(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """[numel]: a weight in the run's precision, trained or not; None where the shards hold none."""

@@ -1,7 +1,8 @@
 """Going on from a checkpoint that another number of ranks or another ZeRO stage wrote, bit by bit.
 
-Each rank maps all shards and takes its own part, a parameter at a time: no second copy of the model comes into memory,
-and nothing is converted on disk. Rates, decay and betas are the config's, as ever; of a checkpoint none count.
+Each rank maps all shards and reads its own part, a parameter at a time: no second copy of the model comes into memory,
+and nothing is converted on disk. Whole weights are read by rank 0 alone where ZeRO-3 cuts them, else by every rank.
+Rates, decay and betas are the config's, as ever; of a checkpoint none count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pivot.engine.files import MASTER, SavedShards
+from pivot.system import distributed
 from pivot.system.distributed import World
 
 
@@ -35,18 +37,27 @@ def load_reshaped(
         )
     name_of = {parameter: name for name, parameter in engine.module.named_parameters()}
     _require_same_parameters(saved, [name_of[parameter] for group in trained for parameter in group])
+    parts: dict[nn.Parameter, slice] = {}
     for index, (parameters, master) in enumerate(zip(trained, _masters(engine.optimizer), strict=True)):
         moments = {kind: torch.zeros_like(master) for kind in saved.kinds if kind != MASTER}
         for parameter, own, place in _placements(parameters, stage, world):
+            parts[parameter] = own
             for kind, target in ({MASTER: master} | moments).items():
-                values = saved.read(name_of[parameter], kind)[own]
+                values = saved.read(name_of[parameter], kind, own)
                 target[place.start : place.start + len(values)].copy_(values)
         if moments:
             optimizer.state[master] = {"step": _count_of(saved.num_updates(index), optimizer, master), **moments}
-    for name, parameter in engine.module.named_parameters():
-        whole = saved.read(name, MASTER) if parameter.requires_grad else saved.read_weights(name, parameter.dtype)
-        if whole is not None:
-            _set_weights(name, parameter, whole, world)
+    unlike = [
+        name
+        for name, parameter in engine.module.named_parameters()
+        if saved.holds_weights(name) and not _set_weights(saved, name, parameter, parts.get(parameter), world)
+    ]
+    with distributed.shared_failure(f"going on from {folder}"):
+        if unlike:
+            raise RuntimeError(
+                f"{unlike[0]}: DeepSpeed {deepspeed.__version__} holds another master weight than the checkpoint's, so "
+                "its parts lie elsewhere than expected; go on with the number of ranks and the ZeRO stage before"
+            )
 
 
 def _count_of(num_updates: int, optimizer: torch.optim.Optimizer, master: Tensor) -> Any:
@@ -83,20 +94,24 @@ def _placements(parameters: list[Any], stage: int, world: World) -> Iterator[tup
         yield parameter, own, place
 
 
-def _set_weights(name: str, parameter: Any, values: Tensor, world: World) -> None:
-    """Set a whole weight, [numel], and see that its master, where it has one, is the same."""
-    partitioned = hasattr(parameter, "ds_id")
-    shape = parameter.ds_shape if partitioned else parameter.shape
+def _set_weights(saved: SavedShards, name: str, parameter: Any, own: slice | None, world: World) -> bool:
+    """Set a whole weight; whether its master, if any, is the same (under ZeRO-3 in the part `own`). Collective."""
+    partitioned, trained = hasattr(parameter, "ds_id"), parameter.requires_grad
+    whole = None
     with deepspeed.zero.GatheredParameters([parameter] if partitioned else [], modifier_rank=0):
         if not partitioned or world.is_main:
-            parameter.data.copy_(values.view(shape))
-    if parameter.requires_grad:
-        held = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        if held is None or not torch.equal(held.flatten().cpu(), values):
-            raise RuntimeError(
-                f"{name}: DeepSpeed {deepspeed.__version__} holds another master weight than the checkpoint's, so "
-                "its parts lie elsewhere than expected; go on with the number of ranks and the ZeRO stage before"
-            )
+            whole = saved.read(name, MASTER) if trained else saved.read_weights(name, parameter.dtype)
+            assert whole is not None  # the shards hold it
+            parameter.data.copy_(whole.view(parameter.ds_shape if partitioned else parameter.shape))
+    if not trained:
+        return True
+    held = deepspeed.utils.safe_get_full_fp32_param(parameter)
+    if held is None:
+        return False
+    if partitioned:
+        assert own is not None  # ZeRO-3 gives each rank a part of every parameter
+        return torch.equal(held.flatten()[own].cpu(), saved.read(name, MASTER, own))
+    return whole is not None and torch.equal(held.flatten().cpu(), whole)
 
 
 def _require_same_parameters(saved: SavedShards, trained: list[str]) -> None:

@@ -23,6 +23,7 @@ from pivot.system.process import time_limit
 from pivot.system.quiet import silence_known_output
 
 Value = TypeVar("Value")
+MOST_NAMED = 8  # ranks, in a message
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,11 @@ def gather(value: Value) -> list[Value]:
 def require_equal(name: str, value: object) -> None:
     """RuntimeError on every rank unless all ranks hold the same `value`: a stale file must not become a hang."""
     values = gather(value)
-    if any(other != values[0] for other in values):
-        listed = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
-        raise RuntimeError(f"{name} differs between ranks ({listed}); do all nodes see the same files?")
+    others = [rank for rank, other in enumerate(values) if other != values[0]]
+    if others:  # some of them: thousands of ranks would each print thousands of values
+        listed = ", ".join(f"rank {rank}: {values[rank]}" for rank in [0, *others[:MOST_NAMED]])
+        more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+        raise RuntimeError(f"{name} differs between ranks ({listed}{more}); do all nodes see the same files?")
 
 
 # What gloo and NCCL say of a rank that is dead, and of one that does not answer within train.timeout_s.

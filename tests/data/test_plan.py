@@ -1,12 +1,13 @@
 """Laws of the plan: the order depends on data and seed alone, every step is complete, ranks are even."""
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
 
 from pivot.batch import CHOSEN_TOKEN, SAMPLE, TARGET_TOKEN
-from pivot.data.dealing import best_fit_decreasing, cut, deal
+from pivot.data.dealing import _spread, best_fit_decreasing, cut, deal
 from pivot.data.order import EpochOrder, permutation
 from pivot.data.units import Costs
 from tests.kit.sets import plan_of, random_lengths
@@ -124,6 +125,51 @@ def test_tight_rows_fall_back_to_best_fit():
     costs, tokens = [1.0, 4.0, 3.0, 2.0], [70, 60, 40, 30]
     assert sorted(map(sorted, best_fit_decreasing(range(4), tokens, 100))) == [[0, 3], [1, 2]]
     assert sorted(map(sorted, cut([[0, 1, 2, 3]], costs, tokens, 100)[0])) == [[0, 3], [1, 2]]
+
+
+def test_rows_are_those_of_the_plain_rules():
+    """Best fit: the fullest row with room. Even rows: of those with room the least loaded, then the one with fewer."""
+
+    def best_fit(units, tokens, budget):
+        rows = []
+        for unit in sorted(units, key=lambda unit: (-tokens[unit], unit)):
+            fits = [row for row in rows if sum(tokens[u] for u in row) + tokens[unit] <= budget]
+            if fits:
+                max(fits, key=lambda row: sum(tokens[u] for u in row)).append(unit)
+            else:
+                rows.append([unit])
+        return rows
+
+    def spread(units, costs, tokens, budget, num_rows):
+        rows = [[] for _ in range(num_rows)]
+        for unit in sorted(units, key=lambda unit: (-costs[unit], unit)):
+            fits = [row for row in rows if sum(tokens[u] for u in row) + tokens[unit] <= budget]
+            if not fits:
+                return None
+            min(fits, key=lambda row: (sum(costs[u] for u in row), len(row))).append(unit)
+        return rows
+
+    random = np.random.default_rng(0)
+    tight = 0
+    for _ in range(300):
+        tokens = random.integers(1, 60, random.integers(1, 40)).tolist()
+        costs = random.integers(1, 9, len(tokens)).astype(float).tolist()
+        budget, num_rows = max(tokens) + int(random.integers(0, 60)), int(random.integers(1, 20))
+        assert best_fit_decreasing(range(len(tokens)), tokens, budget) == best_fit(range(len(tokens)), tokens, budget)
+        expected = spread(range(len(tokens)), costs, tokens, budget, num_rows)
+        assert _spread(range(len(tokens)), costs, tokens, budget, num_rows) == expected
+        tight += expected is None
+    assert 50 < tight < 250
+
+
+def test_long_steps_and_many_ranks_take_no_time_to_cut():
+    """They took 9 s and 0.3 s of processor time; now 0.2 and 0.01 (a Zen 4 core, shared)."""
+    tokens = (800 + np.random.default_rng(0).integers(0, 1200, 4096)).tolist()
+    costs = [float(count) for count in tokens]
+    start = time.process_time()
+    assert len(cut(deal(costs, 1), costs, tokens, 8192)[0]) > 600
+    assert len(cut(deal(costs[:256], 4096), costs, tokens, 8192)) == 4096
+    assert time.process_time() - start < 3
 
 
 def test_swaps_mend_what_the_greedy_deal_leaves():
