@@ -21,6 +21,13 @@ endif
 # The demo's folder and seed; `make dpo DEMO=runs/demo1 SEED=1` is the same with other scenes and other weights.
 DEMO ?= runs/demo
 SEED ?= 0
+# It names targets, which know no quotes: what make or a shell would read as more than a name is refused.
+HASH := \#
+ODD := $(strip $(filter-out 1,$(words $(DEMO))) \
+  $(foreach letter,; & | < > ` ' " \ $$ * ? [ ] { } ! $(HASH),$(findstring $(letter),$(DEMO))))
+ifneq ($(ODD),)
+  $(error DEMO: found "$(DEMO)", expected the name of a folder without blanks, quotes and letters that a shell reads)
+endif
 # Recipes read these from the environment, in quotes: a path with spaces, quotes or semicolons stays one word.
 export PYTHON CONFIG NPROC SEED SRC OUT
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -58,12 +65,12 @@ test-slurm: $(ENVIRONMENT)  ## Run launch/slurm/ on a SLURM of two nodes, starte
 	@$(ON_PATH) OMP_NUM_THREADS=1 "$$PYTHON" -m pytest -m slurm tests/slurm $(ARGS)
 
 test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest releases that pivot/versions.py allows
-	@$(MAKE) --no-print-directory test PYTHON=$(CURDIR)/.venv-oldest/bin/python
+	@$(MAKE) --no-print-directory test PYTHON="$$PWD/.venv-oldest/bin/python"
 
 test-newest: .venv-newest/.made  ## Run the tests with the newest releases that pivot/versions.py allows
 	@echo 'installing the newest releases into .venv-newest'
 	@.venv-newest/bin/python -m pip install -qq --upgrade --upgrade-strategy eager -e '.[test]'
-	@$(MAKE) --no-print-directory test PYTHON=$(CURDIR)/.venv-newest/bin/python
+	@$(MAKE) --no-print-directory test PYTHON="$$PWD/.venv-newest/bin/python"
 
 check: $(ENVIRONMENT)  ## Lint, check the formatting and the types
 	@"$$PYTHON" -m ruff check .

@@ -22,9 +22,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         from pivot.run.export import export_checkpoint  # here, so that --help needs nothing installed
+        from pivot.system.redact import tell
 
-        export_checkpoint(options.path, options.out, print)
-        print(f"exported   {options.out}")
+        export_checkpoint(options.path, options.out, tell)
+        tell(f"exported   {options.out}")
         return OK
     except Exception as error:
         return tell_error(error)

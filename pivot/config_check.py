@@ -3,6 +3,7 @@ are read further here: the sets of `data.train`, and DeepSpeed's JSON, which may
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from dataclasses import fields
@@ -126,6 +127,22 @@ _YAML_OWNS = {
 }
 
 
+# What else it may say. DeepSpeed passes over names that it does not know; the rest is fixed in engine/settings.py.
+_OF_DEEPSPEED = (
+    "zero_optimization",
+    "communication_data_type",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "dump_state",
+    "csv_monitor",
+    "tensorboard",
+    "wandb",
+    "comet",
+)
+
+
 def _find_deepspeed_json(path: str) -> Path:
     """`path` counted from the working directory, else from the repository (so that the default works anywhere)."""
     for candidate in (Path(path), REPOSITORY / path):
@@ -146,4 +163,8 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
     for key in sorted(settings):
         if key in _YAML_OWNS:
             raise ConfigError(f"deepspeed: {file} sets '{key}', which {_YAML_OWNS[key]} owns; remove it there")
+        if key not in _OF_DEEPSPEED:
+            near = difflib.get_close_matches(key, _OF_DEEPSPEED, n=1, cutoff=0.8)
+            hint = f"did you mean '{near[0]}'?" if near else f"expected some of {', '.join(_OF_DEEPSPEED)}"
+            raise ConfigError(f"deepspeed: {file}: unknown key '{key}'; {hint}")
     return settings

@@ -96,8 +96,9 @@ def read_config(path: str, key: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever the class of any configuration may raise
+        told = str(error).partition("\n")[0]  # the rest of it may advise to run the code
         raise ValueError(
-            f"{key}: no configuration that transformers knows at '{path}' (remote code is never run): {error}"
+            f"{key}: no configuration that transformers knows at '{path}' (remote code is never run): {told}"
         ) from error
     if find_file(path, "adapter_config.json"):
         raise ValueError(

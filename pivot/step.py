@@ -20,6 +20,7 @@ from torch import Tensor
 from pivot.batch import PackedBatch, StepCounts
 from pivot.metrics import StepMetrics
 from pivot.objectives import Objective
+from pivot.system import fault
 
 
 class Step(Protocol):
@@ -73,7 +74,7 @@ def run_micro_batch(
     token_logps = engine(batch)
     outcome = objective(token_logps, batch)
     terms = [weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values()]
-    loss = torch.stack(terms).sum()
+    loss = fault.spoil(torch.stack(terms).sum())
     engine.backward(loss, last=last)
     means = {name: term.total.detach() / counts.denominator(term.unit) for name, term in outcome.metrics.items()}
     sums.add({"loss": loss.detach()} | means)

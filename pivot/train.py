@@ -82,6 +82,7 @@ def train(config: Config, *, check_only: bool = False) -> str:
 
 def _run(config: Config, folder: RunFolder, world: World, check_only: bool) -> str:
     say: Say = tell if world.is_main else _silent
+    fault.announce(say)
     distributed.check_preemption()
     with distributed.shared_failure(f"opening {folder.path}"):
         if world.is_main:
@@ -99,6 +100,8 @@ def _run(config: Config, folder: RunFolder, world: World, check_only: bool) -> s
     if finished is not None:
         say(f"this run is finished: {finished} steps done, export in {folder.export}")
         return DONE
+    with distributed.shared_failure(f"opening {folder.path}"):
+        folder.require_shared(world.rank)
     steps = Trainer(config, folder, inputs, world).run()
     if world.is_main:
         folder.status.end(DONE, step=steps)

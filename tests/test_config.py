@@ -242,6 +242,21 @@ def test_a_number_has_one_owner(tmp_path: Path, key: str) -> None:
         read_deepspeed_json(str(tmp_path / "ds.json"))
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("comunication_data_type", "did you mean 'communication_data_type'"),
+        ("zero_optimisation", "did you mean 'zero_optimization'"),
+        ("wall_clock_breakdown", "expected some of zero_optimization, communication_data_type, aio"),
+    ],
+)
+def test_an_unknown_key_of_deepspeeds_json_is_refused(tmp_path: Path, key: str, hint: str) -> None:
+    """DeepSpeed would pass over it in silence, and pivot overrule the last one."""
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, key: True}))
+    with pytest.raises(ConfigError, match=f"ds.json: unknown key '{key}'; {hint}"):
+        read_deepspeed_json(str(tmp_path / "ds.json"))
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"zero_optimization": 2}'])
 def test_a_broken_deepspeed_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "ds.json").write_text(text)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ def read_rows(path: Path) -> Iterator[Any]:
         if file.suffix not in readers:
             raise ValueError(f"{file}: expected one of {', '.join(SUFFIXES)}")
         yield from readers[file.suffix](file)
+
+
+def require_inside(file: Path, roots: Sequence[Path], named_in: Path) -> Path:
+    """`file`, which the file `named_in` of somebody else's set names. ValueError where it lies below none of `roots`:
+    what is written there must not choose which other files of this machine are packed."""
+    place = Path(os.path.abspath(file))  # links inside the set are followed: a hub's cache is made of them
+    if any(place.is_relative_to(os.path.abspath(root)) for root in roots):
+        return file
+    raise ValueError(
+        f"{named_in} names {place}, which lies outside of its folder; if that is meant, admit it with --image-root "
+        f"{place.parent}"
+    )
 
 
 def peek(path: Path) -> dict[str, Any] | None:

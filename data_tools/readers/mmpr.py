@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.readers import rlaif_v
-from data_tools.readers.files import load_json, read_json
+from data_tools.readers.files import load_json, read_json, require_inside
 from data_tools.readers.rows import Place, read_row
 from data_tools.records import Drop, Record, shown
 
@@ -36,10 +36,15 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, image_roots: Sequence[Path], image_column: str | None = None) -> Iterator[Record | Drop]:
     meta = _meta_path(path)
-    bases = [*image_roots, meta.parent, meta.parent.absolute().parent]
+    own = [*image_roots, meta.parent]
+    bases = [*own, meta.parent.absolute().parent]
     # All entries are looked at before the first row: the 148th is not to end a pack of hours.
     sets = [
-        (name, _find(bases, entry["annotation"], name), *_root_and_repeat_time(meta, name, entry))
+        (
+            name,
+            require_inside(_find(bases, entry["annotation"], name), own, meta),
+            *_root_and_repeat_time(meta, name, entry),
+        )
         for name, entry in _read_meta(meta).items()
     ]
     for name, annotation, root, repeat_time in sets:

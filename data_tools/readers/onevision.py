@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.readers import llava
-from data_tools.readers.files import read_rows
+from data_tools.readers.files import read_rows, require_inside
 from data_tools.readers.rows import Place, read_row
 from data_tools.records import Drop, Record
 
@@ -28,7 +28,7 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, image_roots: Sequence[Path], image_column: str | None = None) -> Iterator[Record | Drop]:
     for entry in _entries(path):
-        file = _find(path, str(entry["json_path"]))
+        file = require_inside(_find(path, str(entry["json_path"])), [*image_roots, path.parent], path)
         folders = tuple(str(folder) for folder in [*image_roots, file.parent, path.parent])
         wanted = _wanted(path, file, str(entry.get("sampling_strategy") or "all"))
         for number, row in enumerate(read_rows(file)):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pivot.config import COMPONENTS, OptimConfig
 from pivot.engine.files import inert_loading, unknown_classes
 from pivot.engine.reshape import load_reshaped
-from pivot.engine.settings import MASTER_BYTES, MOMENT_BYTES, gathered, require_settings, skip_compiling
+from pivot.engine.settings import MASTER_BYTES, MOMENT_BYTES, compiling, gathered, require_settings, skip_compiling
 from pivot.metrics import ComponentMeter
 from pivot.system.distributed import World, any_rank
 
@@ -244,7 +244,8 @@ def _build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, config: d
     if offload == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, about a minute
 
-        return DeepSpeedCPUAdam(groups, lr=0.0, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+        with compiling("offload_optimizer"):
+            return DeepSpeedCPUAdam(groups, lr=0.0, betas=optim.betas, eps=optim.eps, adamw_mode=True)
     # Fused on every device: one pass over weights, gradients and moments (on the CPU a third of the time). The weights
     # may still lie on the CPU here, DeepSpeed moves them.
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)

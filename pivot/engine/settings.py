@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
+from torch.utils import cpp_extension
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pivot.config import ConfigError
@@ -75,6 +80,30 @@ def skip_compiling() -> None:
     That would take a minute and a compiler, and again whenever another environment has been at the same cache.
     """
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False  # reading probes them all
+
+
+@contextlib.contextmanager
+def compiling(key: str) -> Iterator[None]:
+    """Inside, DeepSpeed compiles what the JSON's `key` needs, or loads what it compiled before.
+
+    ConfigError where there is no compiler, and where other users may write where the results lie: loading is running.
+    """
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"TORCH_EXTENSIONS_DIR: everybody may write into {folder}, and what lies there would be run; "
+            f"chmod o-w {folder}, or set it to a folder of your own"
+        )
+    try:
+        yield
+    except Exception as error:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is not None:
+            raise
+        raise ConfigError(
+            f"deepspeed: {key} needs a C++ compiler for what DeepSpeed compiles at its first use, and {compiler} is "
+            "not on PATH; install one (g++), or take ds_configs/zero3.json"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from pivot.system import distributed
+from pivot.system import distributed, fault
 from pivot.system.distributed import World
 from pivot.system.files import read_object, write_atomically
 from pivot.system.redact import tell
@@ -91,6 +91,7 @@ def save(
                 _remove(partial)
             partial.mkdir(parents=True)
     try:
+        fault.fill_disk(partial)
         engine.save(checkpoints, partial.name)
         torch.save(distributed.rng_state(), partial / f"rank-{world.rank:05d}.pt")
         if world.is_main:

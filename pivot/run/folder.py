@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from pivot.config import KEYS, Config, ConfigError, flatten
 from pivot.config_load import load_saved, to_yaml
 from pivot.models.parts import is_model
-from pivot.run.checkpoint import MANIFEST, published, sweep
+from pivot.run.checkpoint import MANIFEST, VISIBLE_WITHIN_S, published, sweep
 from pivot.run.status import DONE, RUNNING, RunStatus, is_status, last_sign
 from pivot.system.files import read_object, write_atomically, write_json
 from pivot.system.lock import FileLock, Held
@@ -111,6 +112,23 @@ class RunFolder:
         if finished is None:
             self.status.begin()
         return finished
+
+    def require_shared(self, rank: int) -> None:
+        """ConfigError unless this rank sees what rank 0 has written here, and may write beside it: else that would be
+        found behind the first checkpoint."""
+        deadline = time.monotonic() + VISIBLE_WITHIN_S
+        while read_object(self.path / "run.json").get("id") != self.id:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"output_dir: rank {rank} does not see what rank 0 wrote into {self.path}; give a folder on a disk "
+                    "that all machines share"
+                )
+            time.sleep(0.1)
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"output_dir: {self.path} cannot be written by rank {rank}; mount it there as on rank 0's machine, or "
+                "choose another"
+            )
 
     def _read_status(self, say: Callable[[str], None]) -> dict[str, Any]:
         path = self.path / "status"

@@ -154,7 +154,8 @@ def measure_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     The best of several, in about a quarter of a second; all ranks at once, since they share a machine when they train.
     """
     size, limit_s = MEASURE_SIZE[device.type], MEASURE_S[device.type]
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a resume has put its random state back
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best_s, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < limit_s or best_s == float("inf"):
         before = time.perf_counter()

@@ -18,7 +18,7 @@ SMUGGLED = {
 }
 
 
-def smuggle(folder, rows, name, kind=tarfile.REGTYPE):
+def smuggle(folder, rows, name, kind=tarfile.REGTYPE, content=b""):
     """Put a tar entry behind these samples' members and make index and manifest agree with it; `name` holds {key}."""
     opened, path, shards = ShardSet.open(folder), folder / "manifest.json", []
     for number, shard in enumerate(opened.shards):
@@ -29,8 +29,10 @@ def smuggle(folder, rows, name, kind=tarfile.REGTYPE):
             if row in rows:
                 entry = tarfile.TarInfo(name.format(key=span[:BLOCK].split(b".")[0].decode()))
                 entry.type, entry.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+                entry.size = len(content)
                 head = entry.tobuf(tarfile.USTAR_FORMAT)
                 span += move_folder(head) if "/" in entry.name else head
+                span += content + bytes(-len(content) % BLOCK)
             record["offset"], record["span"], record["crc32"] = len(tar), len(span), zlib.crc32(span)
             tar += span
         tar += bytes(2 * BLOCK)

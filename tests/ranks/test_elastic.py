@@ -51,6 +51,7 @@ def test_masters_moments_and_weights_are_bit_for_bit_those_that_were_saved(seen:
 def test_groups_keep_the_rates_of_the_config(seen: dict[str, dict[str, Any]]) -> None:
     for case, facts in seen.items():
         assert facts["rates"] == facts["expected_rates"], case
+        assert facts["decays"] == facts["expected_decays"], case
 
 
 def test_the_next_step_is_the_unbroken_one(seen: dict[str, dict[str, Any]]) -> None:

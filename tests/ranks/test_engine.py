@@ -101,13 +101,16 @@ def test_gradient_does_not_depend_on_the_cut(results: Path, cut: str, stage: int
 def test_text_only_rows_neither_hang_nor_move_the_encoder(
     results: Path, optimizer: str, stage: int, world: int
 ) -> None:
-    """Steps 1 and 4 hold no image, step 2 none on rank 1: SGD leaves the encoder bit for bit, AdamW as ZeRO-0 does."""
+    """Steps 1, 4 and 7 hold no image, others none on a rank: SGD leaves the encoder bit for bit, AdamW as ZeRO-0 does.
+
+    Steps 5 to 7 are of one micro-batch a rank.
+    """
     expected = load(results, f"pattern-stage0-{optimizer}", 1)
     found = load(results, f"pattern-stage{stage}-{optimizer}", world)
     assert_equal(found["weights"], expected["weights"], 1e-6 if optimizer == "sgd" else 2e-4)
     for step, (before, after) in enumerate(zip(found["towers"], found["towers"][1:], strict=False)):
         moved = any(not torch.equal(before[name], after[name]) for name in before)
-        assert moved == (optimizer == "adamw" or step not in (1, 4))
+        assert moved == (optimizer == "adamw" or step not in (1, 4, 7))
 
 
 @pytest.mark.parametrize("world", WORLDS)

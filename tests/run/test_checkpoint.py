@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,90 @@ def test_room_is_asked_for_all_that_lie_there_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="5 checkpoints, the most at a time, take") as found:
         require_space(tmp_path, free // 4, 5)
     assert found.value.errno == errno.ENOSPC
+
+
+def swap_ranks(folder: Path) -> None:
+    """What rank 1 wrote under rank 0's name, and the reverse."""
+    first, second = folder / "rank-00000.pt", folder / "rank-00001.pt"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+HARM = {
+    "cut": lambda folder: os.truncate(folder / "rank-00001.pt", 3),
+    "empty": lambda folder: (folder / "rank-00001.pt").write_bytes(b""),
+    "a flipped bit": lambda folder: flip(folder / "rank-00001.pt"),
+    "gone": lambda folder: (folder / "rank-00001.pt").unlink(),
+    "another rank's": swap_ranks,
+    "another step's": lambda folder: shutil.copy(folder.with_name("step-00000001") / "rank-00001.pt", folder),
+    "a state of another step": lambda folder: shutil.copy(folder.with_name("step-00000001") / "state.json", folder),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 40),
+}
+LATEST = {
+    "": None,
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_text(""),
+    "dangling": lambda path: path.write_text("step-00000009\n"),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Checkpoints of steps 1 and 2 by two ranks, read by one."""
+    monkeypatch.setattr(checkpoint.distributed, "gather", lambda value: [value])
+    monkeypatch.setattr(checkpoint.distributed, "broadcast", lambda value: value)
+    for step in (1, 2):
+        folder = checkpoint.step_folder(tmp_path, step)
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+        for rank in (0, 1):
+            torch.save({"values": torch.full((50,), step + 10 * rank)}, folder / f"rank-{rank:05d}.pt")
+        files = {path.name: checkpoint._describe(path) for path in sorted(folder.iterdir())}
+        (folder / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+    (tmp_path / "latest").write_text("step-00000002\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("latest", LATEST)
+@pytest.mark.parametrize("harm", ["", *HARM])
+def test_a_damaged_one_is_passed_over_for_the_older(two: Path, harm: str, latest: str) -> None:
+    """Whatever was done to it, and whatever `latest` says, which decides nothing."""
+    if harm:
+        HARM[harm](two / "step-00000002")
+    if latest:
+        LATEST[latest](two / "latest")
+    said: list[str] = []
+    found = checkpoint.find(two, ALONE, said.append)
+    assert found is not None and found.step == found.state["step"] == (1 if harm else 2)
+    if harm and harm != "no manifest":  # without one it is none
+        assert any(text.startswith(f"warning: {two}/step-00000002 is damaged and is not used: ") for text in said)
+    assert any("names step-00000009, which is not there" in text for text in said) == (latest == "dangling")
+
+
+def test_where_all_are_damaged_nothing_begins_again(two: Path) -> None:
+    for folder in published(two):
+        HARM["cut"](folder)
+    with pytest.raises(RuntimeError, match="every checkpoint is damaged; start afresh in another output_dir"):
+        checkpoint.find(two, ALONE, print)
+
+
+def test_a_folder_that_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rename on a network's file system may; one that never shows ends the run in a sentence."""
+    monkeypatch.setattr(checkpoint.distributed, "gather", lambda value: [value])
+    (hidden,) = make(tmp_path / "elsewhere", 1)
+    late = threading.Timer(0.5, hidden.rename, [tmp_path / hidden.name])
+    late.start()
+    checkpoint._wait_for(tmp_path / hidden.name)
+    assert not late.is_alive()
+    monkeypatch.setattr(checkpoint, "VISIBLE_WITHIN_S", 0.2)
+    with pytest.raises(RuntimeError, match="step-00000002 is not visible here after 0.2 s; is output_dir shared"):
+        checkpoint._wait_for(tmp_path / "step-00000002")

@@ -83,6 +83,18 @@ def test_somebodys_work_is_named_and_left_alone(config: Config, folder: RunFolde
     assert os.listdir(folder.path) == ["thesis.tex"]
 
 
+def test_a_run_is_not_begun_over_another(tmp_path: Path, config: Config, folder: RunFolder) -> None:
+    """Its files stay as they are, to the byte."""
+    claim(folder, config)
+    add_checkpoint(folder, 2)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"run is not empty \(.*\) and checkpoint.resume is none; choose another"):
+        claim(folder, make_config(tmp_path, "checkpoint.resume=none"))
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        claim(folder, make_config(tmp_path, "optim.projector.lr=0.5"))
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
 def test_what_cannot_be_a_folder_is_one_sentence(tmp_path: Path, config: Config) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")

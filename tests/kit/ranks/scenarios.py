@@ -35,9 +35,13 @@ def world() -> World:
 
 
 def optim_config(name: str = "sgd", frozen: tuple[str, ...] = (), **changes: Any) -> OptimConfig:
+    """`decays`: the weight decay of each component; none by default."""
     rates = RATES if name == "sgd" else ADAM_RATES
+    decays = changes.pop("decays", {})
     components = {
-        component: ComponentOptimConfig(lr=None if component in frozen else rate, weight_decay=0.0)
+        component: ComponentOptimConfig(
+            lr=None if component in frozen else rate, weight_decay=decays.get(component, 0.0)
+        )
         for component, rate in rates.items()
     }
     return OptimConfig(name=name, max_grad_norm=changes.pop("max_grad_norm", 1.0), **components, **changes)
@@ -196,20 +200,23 @@ def _drop_gradients(engine: Engine, stage: int) -> None:
 
 
 def image_patterns(folder: Path) -> None:
-    """Steps with images on both ranks, on one, on none, and in either place of the accumulation."""
+    """Steps with images on both ranks, on one, on none, in either place of the accumulation, and without any."""
     patterns = [  # [step][rank][micro-batch]: does the row hold an image
         [[True, False], [True, True]],
         [[False, False], [False, False]],
         [[True, False], [False, False]],
         [[False, True], [True, False]],
         [[False, False], [False, False]],
+        [[True], [False]],  # one micro-batch a rank
+        [[False], [True]],
+        [[False], [False]],
     ]
     for name in ("sgd", "adamw"):
         for stage in (0, 2, 3):
             engine, image = build(folder / "llava-untied", stage, optim_config(name))
             towers = [_tower(engine)]
             for step, pattern in enumerate(patterns):
-                flat = [flag for rank in pattern for flag in rank]  # the same four pairs on one rank or on two
+                flat = [flag for rank in pattern for flag in rank]  # the same pairs on one rank or on two
                 share = len(flat) // dist.get_world_size()
                 first = dist.get_rank() * share
                 rows = [pair(10 * step + i, image, with_image=flat[i]) for i in range(first, first + share)]

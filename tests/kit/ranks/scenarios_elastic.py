@@ -16,6 +16,7 @@ from tests.kit.ranks.scenarios import ADAM_RATES, _mine, build, optim_config, pa
 
 STAGES = (1, 2, 3)
 NUM_PAIRS = 6
+DECAYS = {"vision_tower": 0.1, "projector": 0.0, "language_model": 0.01}
 Written = tuple[int, bool, tuple[str, ...]]  # (stage, bf16, the components that are frozen)
 SOME: list[Written] = [(1, False, ()), (2, False, ()), (3, False, ()), (3, True, ("vision_tower",))]
 ALL: list[Written] = [*SOME, (2, True, ()), (3, True, ()), (1, False, ("vision_tower",)), (3, False, ("vision_tower",))]
@@ -37,7 +38,7 @@ def cases(folder: Path) -> list[Written]:
 def write(folder: Path) -> None:
     """Two steps, a checkpoint, and a third step that nobody interrupts."""
     for stage, bf16, frozen in cases(folder):
-        engine, image = build(folder / "llava", stage, optim_config("adamw", frozen=frozen), bf16=bf16)
+        engine, image = build(folder / "llava", stage, optim_config("adamw", frozen=frozen, decays=DECAYS), bf16=bf16)
         for number in range(2):
             step(engine, number, image)
         _save(engine, folder / f"written-{dist.get_world_size()}" / name_of(stage, bf16, frozen))
@@ -59,7 +60,7 @@ def read(folder: Path) -> None:
 
 def take_over(folder: Path, source: Path, stage: int, written: Written) -> dict[str, Any]:
     _, bf16, frozen = written
-    engine, image = build(folder / "other-llava", stage, optim_config("adamw", frozen=frozen), bf16=bf16)
+    engine, image = build(folder / "other-llava", stage, optim_config("adamw", frozen=frozen, decays=DECAYS), bf16=bf16)
     found = checkpoint.find(source, world(), print)
     assert found is not None
     checkpoint.load(engine, found, world(), reshaped=True)
@@ -95,6 +96,8 @@ def take_over(folder: Path, source: Path, stage: int, written: Written) -> dict[
         "updates": [now.num_updates(group) for group in range(3 - len(frozen))],
         "rates": [group["lr"] for group in engine._engine.optimizer.param_groups],
         "expected_rates": [rate for name, rate in ADAM_RATES.items() if name not in frozen],
+        "decays": [group["weight_decay"] for group in engine._engine.optimizer.param_groups],
+        "expected_decays": [decay for name, decay in DECAYS.items() if name not in frozen],
         "off": max(
             float(
                 torch.linalg.vector_norm(after[n].float() - w.float())
