@@ -45,6 +45,7 @@ setup(
         "remote": REMOTE,
         "assets": ASSETS,
         "plots": ["matplotlib>=3.10"],  # of sweeps
+        "wandb": ["wandb>=0.31"],  # log.wandb; the release that it was tried with
         "test": TEST,
         "check": CHECK,
         "dev": TEST + CHECK,

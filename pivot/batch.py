@@ -136,13 +136,14 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, from where it travels to a GPU while that computes."""
-        return self._move(Tensor.pin_memory)
+        return self.move(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; `sample_index` and the segments' integers stay on the host."""
-        return self._move(lambda tensor: send(tensor, device))
+        return self.move(lambda tensor: send(tensor, device))
 
-    def _move(self, how: Callable[[Tensor], Tensor]) -> PackedBatch:
+    def move(self, how: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same batch, `how` applied to its tensors; `sample_index` stays."""
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name != "sample_index":

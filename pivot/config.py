@@ -229,6 +229,9 @@ class TrainConfig:
         "works here and proves equal to sdpa",
         resume=True,
     )
+    max_skipped_steps: int = key(
+        3, "steps in a row with a loss or gradient that is not finite, behind which the run ends", low=1, resume=True
+    )
     timeout_s: float = key(
         600.0, "a collective, or a batch from the loader's workers, that takes longer ends the run", low=1, resume=True
     )
@@ -272,6 +275,15 @@ class LogConfig:
 
     every_steps: int = key(1, "steps from one row of the log to the next", low=1)
     tensorboard: bool = key(False, "write event files to output_dir/tensorboard")
+    wandb: str | None = key(
+        None,
+        "hand the log on to Weights & Biases, where WANDB_API_KEY, WANDB_ENTITY and WANDB_PROJECT (else pivot) say, or "
+        "keep it in output_dir/wandb",
+        choices=("online", "offline"),
+    )
+    spike_factor: float = key(
+        10.0, "tell of a loss so many robust standard deviations above the last 100 steps' median; 0: never", low=0
+    )
     compare: CompareConfig | None = section(CompareConfig, optional=True)
     profile_steps: int = key(
         0,

@@ -26,6 +26,7 @@ class StepMetrics:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.losses: list[Tensor] = []  # float32[] of each micro-batch of this rank, on the device
         self._on_device: dict[str, Tensor] = {}
         self._on_host: dict[str, float] = {}
 

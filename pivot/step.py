@@ -77,5 +77,6 @@ def run_micro_batch(
     loss = fault.spoil(torch.stack(terms).sum())
     engine.backward(loss, last=last)
     means = {name: term.total.detach() / counts.denominator(term.unit) for name, term in outcome.metrics.items()}
+    sums.losses.append(loss.detach())
     sums.add({"loss": loss.detach()} | means)
     return token_logps.detach()

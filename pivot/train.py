@@ -6,7 +6,6 @@ train(load_config("run.yaml", ["optim.lr=1e-6"], "dpo"))
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -26,11 +25,13 @@ from pivot.models.build import WeightSources, build_mllm
 from pivot.models.mllm import MLLM
 from pivot.models.parts import write_model
 from pivot.run.folder import RunFolder
+from pivot.run.guard import StepGuard
 from pivot.run.log import RunLog
 from pivot.run.profile import Tracer
 from pivot.run.spent import Clock, compare_spent, describe_spent
 from pivot.run.state import Progress, RunState
 from pivot.run.status import DONE, PREEMPTED
+from pivot.run.weights_and_biases import require_package
 from pivot.startup.facts import start_facts
 from pivot.startup.flops import build_work_counter, measure_matmul_tflops
 from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
@@ -48,8 +49,6 @@ from pivot.system import distributed, fault, preemption
 from pivot.system.distributed import World
 from pivot.system.preemption import Preempted
 from pivot.system.redact import tell
-
-MAX_SKIPPED_IN_A_ROW = 3  # steps without an update: the loss or a gradient is not finite
 
 
 def train(config: Config, *, check_only: bool = False) -> str:
@@ -81,11 +80,12 @@ def train(config: Config, *, check_only: bool = False) -> str:
 
 
 def _run(config: Config, folder: RunFolder, world: World, check_only: bool) -> str:
-    say: Say = tell if world.is_main else _silent
+    say = world.say
     fault.announce(say)
     distributed.check_preemption()
     with distributed.shared_failure(f"opening {folder.path}"):
         if world.is_main:
+            require_package(config.log.wandb)
             folder.check(config)  # before minutes of reading data
     inputs = open_inputs(config, world, say)
     say(first_screen(config, inputs, world))
@@ -108,16 +108,12 @@ def _run(config: Config, folder: RunFolder, world: World, check_only: bool) -> s
     return DONE
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 class Trainer:
     """One process's part in a run."""
 
     def __init__(self, config: Config, folder: RunFolder, inputs: Inputs, world: World) -> None:
         self.config, self.folder, self.inputs, self.world = config, folder, inputs, world
-        self.say: Say = tell if world.is_main else _silent
+        self.say: Say = world.say
         self.progress = Progress()
         self.clock = Clock(self.progress.spent, world)
         self.objective = inputs.objective
@@ -138,7 +134,10 @@ class Trainer:
             total_steps=inputs.total_steps,
             is_main=world.is_main,
             tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
         )
+        limits = (config.train.max_skipped_steps, config.log.spike_factor)
+        self.guard = StepGuard(folder.path, inputs.data.shards, self.objective, self.log, world, *limits)
         self.tracer = Tracer(folder.path / "profile", config.log.profile_steps, world, self.say)
         self.save_asked = False
         self.waited_s = 0.0  # of the loader's data_wait_s, what is in the log
@@ -200,7 +199,6 @@ class Trainer:
         if progress.step < total and self._evaluates(progress.step):
             self._evaluate()
         loader = self.loader(self.inputs.plan, first_step=progress.step, bad_samples_dir=self.folder.path)
-        skipped = 0
         for step_plan, micro_batches in distributed.until_asked(islice(loader, total - progress.step)):
             self.tracer.before_step()
             metrics = self.train_step(step_plan, micro_batches, loader, timer, tolerance)
@@ -208,9 +206,7 @@ class Trainer:
             if progress.step % self.config.log.every_steps == 0 or progress.step == total:
                 epoch = progress.step / self.inputs.plan.steps_per_epoch
                 self.log.step(progress.step, metrics | timer.read() | {"epoch": epoch})
-            skipped = skipped + 1 if metrics["skipped_steps"] or not math.isfinite(metrics["loss"]) else 0
-            if skipped >= MAX_SKIPPED_IN_A_ROW:
-                raise RuntimeError(f"{skipped} steps in a row had a loss or gradient that is not finite; see log.jsonl")
+            self.guard.check(progress.step, metrics, progress.recent)
             every = self.config.checkpoint.every_steps
             if self.save_asked or progress.step == total or (every and progress.step % every == 0):
                 self._save()
@@ -250,6 +246,7 @@ class Trainer:
                 host_batch.completion_values[REFERENCE] = self.reference.lookup(host_batch)
             batch, last = host_batch.to(device), number == step_plan.num_micro_batches - 1
             logps = run_micro_batch(self.engine, self.objective, batch, step_plan.counts, sums, last=last)
+            self.guard.keep(host_batch, logps, sums.losses[-1])
             sums.add({"tokens": batch.num_tokens, "flops": self.counter.useful(host_batch)})
             if first and tolerance is not None and self.objective.margin_scale is not None:
                 margins.append(self.objective.margin_scale * start_margins(batch, logps))

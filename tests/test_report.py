@@ -139,6 +139,7 @@ FOREIGN += ['{"step": -1}', '{"step": 3, "perf/pairs_per_s": {}}', '{"event": ["
 FOREIGN += ['{"event": "eval", "step": "a"}', '{"event": "eval", "step": 1, "intervals": {"a": [1, 2]}}']
 FOREIGN += ['{"event": "start", "num_parameters": [1]}', '{"event": "start", "exclusions": {"a": "b"}}']
 FOREIGN += ['{"event": "end", "flops": 1}', '{"event": "end", "pairs": 1, "tokens": 1, "flops": 1, "compare": [1]}']
+FOREIGN += ['{"event": "spike", "step": 9, "loss": "x"}', '{"event": "skipped", "step": 9, "reason": "<b>"}']
 FOREIGN += ['{"step": 120, "row": {}}', '{"step": 120, "question": 1, "answer": "", "generated": "", "right": 1}']
 
 
@@ -156,6 +157,19 @@ def test_lines_of_others_are_passed_over_and_counted(tmp_path: Path) -> None:
     fact += "not what a run writes, or cut short</dd></div>"
     assert fact in after
     assert after.replace(fact, "") == before
+
+
+def test_steps_that_went_wrong_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "dpo", [], held_out="set", skill=(0, 0))
+    before = write_report(run).read_text()
+    assert "<dt>spikes of the loss</dt><dd>none</dd>" in before and "spikes at" not in before
+    events = [{"event": "spike", "step": step, "loss": 5.2, "median": 0.7, "limit": 1.9} for step in range(1, 11)]
+    events.append({"event": "skipped", "step": 31, "reason": "loss", "ranks": [1], "hosts": ["a"], "num_samples": 3})
+    with (run / "log.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+    page = write_report(run).read_text()
+    assert "spikes at step 1, 2, 3, 4, 5, 6, 7, 8 and 2 more; not finite at step 31" in page
+    assert "<dt>steps that were not finite</dt><dd>step 31</dd>" in page and "lines passed over" not in page
 
 
 def test_a_damaged_status_or_outcome_file_is_left_out(tmp_path: Path) -> None:

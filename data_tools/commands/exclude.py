@@ -21,7 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="LOG",
-        help="bad-samples-rank*.jsonl in the runs' folders",
+        help="bad-samples-rank*.jsonl and skipped.jsonl in the runs' folders",
     )
     command.add_argument("--out", type=Path, required=True, help="list to write, for data.exclude")
 
@@ -56,7 +56,7 @@ def _entry(shards: ShardSet, line: str, where: str) -> dict[str, Any]:
         bad = json.loads(line)
         name, ordinal, key_hash = str(bad["shard"]), int(bad["ordinal"]), int(bad["key_hash"], 16)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: expected a record of a damaged sample, found {line[:80]!r}") from error
+        raise ValueError(f"{where}: expected the record of a sample, found {line[:80]!r}") from error
     for number, shard in enumerate(shards.shards):
         row = int(shards.first_rows[number]) + ordinal
         # Two sets may have shards of one name: the key says which is meant.

@@ -87,7 +87,7 @@ class MicroBatches(Dataset):
                 examples.append(self._load(row, decoded))
             except (DamagedSample, ImageError) as error:
                 examples.append(masked_example(row, self._roles, processor.image_token_id))
-                bad[place] = self._bad_record(task.step, row, str(error))
+                bad[place] = self._shards.address(row) | {"step": task.step, "reason": str(error)}
         if not examples:  # a rank with nothing to do runs along with the others
             examples.append(masked_example(DUMMY_SAMPLE, self._roles, processor.image_token_id))
         batch = collate(examples, processor.geometry, processor.image_token_id, image_trees=self._image_trees)
@@ -120,19 +120,6 @@ class MicroBatches(Dataset):
                 f"{self._shards.describe(row)}: the prompt has {encoded.num_images} image part(s), "
                 f"the sample {num_images} image(s)"
             )
-
-    def _bad_record(self, step: int, row: int, reason: str) -> dict[str, Any]:
-        shard, ordinal = self._shards.locate(row)
-        record = self._shards.index[row]
-        return {
-            "dataset": self._shards.part_of(shard).name,
-            "shard": self._shards.shards[shard].name,
-            "ordinal": ordinal,
-            "key_hash": f"{int(record['key_hash']):016x}",
-            "offset": int(record["offset"]),
-            "step": step,
-            "reason": reason,
-        }
 
 
 class Loader:

@@ -182,6 +182,18 @@ class ShardSet:
         shard, ordinal = self.locate(row)
         return f"{self._folders[shard]}/shards/{self.shards[shard].name}.tar sample {ordinal} (row {row})"
 
+    def address(self, row: int) -> dict[str, Any]:
+        """The row in a record, as `python -m data_tools exclude` finds it again in any copy of the set."""
+        shard, ordinal = self.locate(row)
+        record = self.index[row]
+        return {
+            "dataset": self.part_of(shard).name,
+            "shard": self.shards[shard].name,
+            "ordinal": ordinal,
+            "key_hash": f"{int(record['key_hash']):016x}",
+            "offset": int(record["offset"]),
+        }
+
     def read(self, row: int) -> tuple[Sample, list[bytes]]:
         """The sample of a row and its image files. Raises DamagedSample when the bytes are not those packed."""
         sample, listed, members = self._take_apart(row, self.read_span(row))

@@ -34,6 +34,7 @@ from pivot.system.redact import redact
 
 MAX_SHOWN = 12  # sample scenes at once; the others fold away
 THUMBNAIL = 320  # pixels
+MAX_LISTED = 8  # steps that went wrong
 
 
 class Moment(NamedTuple):
@@ -223,7 +224,7 @@ def _training_charts(run: ReportedRun) -> list[Chart]:
 
     terms = [series(key.removeprefix("loss/"), 2 + i, key) for i, key in enumerate(run.keys("loss/")[:5])]
     charts = [
-        Chart("Loss", [series("loss", 1, "loss"), *terms]),
+        Chart("Loss", [series("loss", 1, "loss"), *terms], _list_trouble(run)),
         Chart("Reward accuracy", [series("share of pairs", 1, "rewards/accuracies")], bounds=(0, 1), level=0.5),
         Chart("Rewards", _pair_series(series, "rewards/"), "beta times the log ratio to the reference"),
         Chart("Log-probability", _pair_series(series, "logps/"), "nat per answer"),
@@ -234,6 +235,19 @@ def _training_charts(run: ReportedRun) -> list[Chart]:
         Chart("Tokens", [series("tokens per second", 3, "perf/tokens_per_s")]),
     ]
     return [chart for chart in charts if not chart.is_empty]
+
+
+def _list_trouble(run: ReportedRun) -> str:
+    """Of the loss: where it rose far above the steps before, and where it or the gradient was not finite."""
+    kinds = {"spikes at": run.spikes, "not finite at": run.skipped}
+    return "; ".join(f"{kind} {_list_steps(rows)}" for kind, rows in kinds.items() if rows)
+
+
+def _list_steps(rows: Sequence[LogRow]) -> str:
+    """step 3, 31, 32 and 7 more"""
+    shown = ", ".join(f"{row['step']:,}" for row in rows[:MAX_LISTED])
+    more = f" and {len(rows) - MAX_LISTED:,} more" if len(rows) > MAX_LISTED else ""
+    return f"step {shown}{more}" if rows else "none"
 
 
 # -- sample scenes -------------------------------------------------------------------------------------------------
@@ -316,6 +330,8 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         ("training data", f"{config.data.train}, {start.get('num_pairs') or 0:,} samples"),
         ("excluded", excluded or "none"),
         ("damaged samples", f"{masked:,}" if masked else "none"),
+        ("steps that were not finite", _list_steps(run.skipped)),
+        ("spikes of the loss", _list_steps(run.spikes)),
         ("held-out data", config.data.eval or "none"),
         ("held-out samples", f"{newest.get('eval/num_samples') or 0:,.0f}" if newest else "-"),
         ("questions", f"{newest.get('eval/num_questions') or 0:,.0f}" if newest else "-"),

@@ -21,6 +21,8 @@ class ReportedRun:
     end: LogRow  # its "end" row, {} as long as there is none
     steps: list[LogRow]  # in order, the newest of each step
     evaluations: list[LogRow]
+    skipped: list[LogRow]  # steps whose loss or gradient was not finite: see pivot/run/guard.py
+    spikes: list[LogRow]  # losses far above those before them
     answers: dict[tuple[int, int], LogRow]  # (step, data row) -> what samples.jsonl has
     status: LogRow
     passed_over: dict[str, int]  # file -> lines that are not what a run writes
@@ -77,6 +79,8 @@ def read_run(folder: str | Path) -> ReportedRun:
         end=next((row for row in reversed(rows) if row.get("event") == "end"), {}),
         steps=_newest(row for row in rows if "event" not in row),
         evaluations=_newest(row for row in rows if row.get("event") == "eval"),
+        skipped=_newest(row for row in rows if row.get("event") == "skipped"),
+        spikes=_newest(row for row in rows if row.get("event") == "spike"),
         answers={(row["step"], row["row"]): row for row in samples},
         status=status if isinstance(status.get("status"), str) else {},
         passed_over={"log.jsonl": not_rows, "samples.jsonl": not_samples},

@@ -30,10 +30,11 @@ def read_rows(path: Path, is_row: Callable[[LogRow], bool]) -> tuple[list[LogRow
 
 
 def is_log_row(row: LogRow) -> bool:
-    """A step ({"step": 1, "loss": ...}), or the event start, eval or end, each with the values that the page reads."""
+    """A step ({"step": 1, "loss": ...}), or an event of a run, each with the values that the page reads."""
     if "event" not in row:
         return _is_step(row.get("step")) and all(map(_is_number, row.values()))
-    check = {"start": _is_start, "eval": _is_evaluation, "end": _is_end}.get(str(row["event"]))
+    checks = {"start": _is_start, "eval": _is_evaluation, "end": _is_end, "skipped": _is_skipped, "spike": _is_spike}
+    check = checks.get(str(row["event"]))
     return check is not None and _is_step(row.get("step", 0)) and check({k: v for k, v in row.items() if k != "event"})
 
 
@@ -73,6 +74,14 @@ def _is_end(row: LogRow) -> bool:
     ratios = {name: value for name, value in compared.items() if name != "name"}
     needed = all(_is_known(row.get(name)) for name in ("pairs", "tokens", "flops"))
     return needed and _is_numbers(ratios) and _is_numbers({k: v for k, v in row.items() if k != "compare"})
+
+
+def _is_skipped(row: LogRow) -> bool:
+    return "step" in row and row.get("reason") in ("loss", "gradient") and _is_step(row.get("num_samples"))
+
+
+def _is_spike(row: LogRow) -> bool:
+    return "step" in row and all(_is_known(row.get(name)) for name in ("loss", "median", "limit"))
 
 
 def _is_numbers(value: Any) -> bool:

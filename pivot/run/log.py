@@ -1,4 +1,4 @@
-"""What a run writes about itself while it runs: log.jsonl always, the terminal, TensorBoard."""
+"""What a run writes about itself while it runs: log.jsonl always, the terminal, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,20 +9,33 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from pivot.run.weights_and_biases import Feed
 from pivot.system.files import read_json_lines, write_atomically
 from pivot.system.redact import redact_values, tell
 
+SKIPPED = "skipped.jsonl"  # the samples of steps that were not finite: see guard.py
+
 
 class RunLog:
-    """Rank 0's log: a JSON object a line in log.jsonl, a line on the terminal, TensorBoard if asked for.
+    """Rank 0's log: a JSON object a line in log.jsonl, a line on the terminal, TensorBoard and W&B if asked for.
 
     A run that goes on from step `first_step` has its rows behind that step cut off first, since it makes them again.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, total_steps: int, is_main: bool, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        is_main: bool,
+        tensorboard: bool,
+        wandb: str | None = None,
+    ) -> None:
         self._total_steps = total_steps
         self._file: IO[str] | None = None
         self._board: Any = None
+        self._feed: Feed | None = None
         self._clock: tuple[int, float] | None = None  # (first step seen, when)
         self._evaluated: set[int] = set()
         if not is_main:
@@ -35,6 +48,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        if wandb:
+            self._feed = Feed(folder, wandb)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the log has the held-out numbers after `step` steps from an earlier start; on rank 0."""
@@ -79,14 +94,14 @@ class RunLog:
         print(f"\r{line}\033[K" if rewrite else line, end="" if rewrite else "\n", flush=True)
 
     def close(self) -> None:
-        for sink in (self._file, self._board):
+        for sink in (self._file, self._board, self._feed):
             if sink is not None:
                 sink.close()
 
 
 def _cut_back(folder: Path, step: int) -> tuple[set[int], int]:
-    """Leave what log.jsonl and samples.jsonl hold up to `step`; gives the steps whose evaluation is there, and how many
-    rows of steps were cut off.
+    """Leave what log.jsonl, samples.jsonl and skipped.jsonl hold up to `step`; gives the steps whose evaluation is
+    there, and how many rows of steps were cut off.
 
     At step 0 nothing is left, since the settings may be others now. The end of a run goes, too: it has not ended. Of
     two rows of one step, as older versions left them behind a resume, the newer stays. A last line that a kill or a
@@ -97,12 +112,11 @@ def _cut_back(folder: Path, step: int) -> tuple[set[int], int]:
     num_cut = 0
     for number, (line, row) in enumerate(_finished_lines(folder / "log.jsonl")):
         at, event = row.get("step"), row.get("event")
-        if isinstance(at, int):
-            if at > step or step == 0 or event == "end":
-                num_cut += event is None
-                continue
-            if event == "eval":
-                evaluated.add(at)
+        if _is_made_again(row, step) or (event == "end" and isinstance(at, int)):
+            num_cut += event is None
+            continue
+        if event == "eval" and isinstance(at, int):
+            evaluated.add(at)
         key = (event, at) if isinstance(at, int) and event in (None, "eval") else number
         rows.pop(key, None)  # the newer row takes the newer place
         rows[key] = line
@@ -110,7 +124,15 @@ def _cut_back(folder: Path, step: int) -> tuple[set[int], int]:
     # An evaluation's answers are written before its row: without that row it is made again.
     samples = _finished_lines(folder / "samples.jsonl")
     _rewrite(folder / "samples.jsonl", [line for line, row in samples if row.get("step") in (*evaluated, None)])
+    skipped = _finished_lines(folder / SKIPPED)
+    _rewrite(folder / SKIPPED, [line for line, row in skipped if not _is_made_again(row, step)])
     return evaluated, num_cut
+
+
+def _is_made_again(row: dict[str, Any], step: int) -> bool:
+    """Whether a run that goes on from `step` writes the row anew."""
+    at = row.get("step")
+    return isinstance(at, int) and (at > step or step == 0)
 
 
 def _finished_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from pivot.engine import Engine
 from pivot.objectives import Objective
 from pivot.run import checkpoint
 from pivot.run.folder import RunFolder, require_own_checkpoint, settings_digests
+from pivot.run.guard import Recent
 from pivot.run.spent import Spent
 from pivot.system.distributed import World
 
@@ -25,6 +26,7 @@ class Progress:
     step: int = 0  # optimizer steps that are done
     masked: int = 0  # samples so far whose bytes were damaged
     spent: Spent = field(default_factory=Spent)
+    recent: Recent = field(default_factory=Recent)
 
 
 class RunState:
@@ -72,6 +74,7 @@ class RunState:
         checkpoint.load(self._engine, newest, self._world, reshaped=reshaped)
         self._objective.load_state_dict(newest.state["objective"])
         progress.spent.resume_from(newest.state.get("spent", {}))
+        progress.recent.resume_from(newest.state.get("recent", {}))
         ranks, stage = written["world_size"], written["zero_stage"]
         before = f" (written by {ranks} ranks under ZeRO-{stage})" if reshaped else ""
         self._say(f"start      step {progress.step}, resumed from {newest.folder}{before}")
@@ -100,6 +103,7 @@ class RunState:
                 "plan": self._plan.state(progress.step, progress.masked),
                 "objective": self._objective.state_dict(),
                 "spent": asdict(progress.spent),
+                "recent": asdict(progress.recent),
             },
             facts=self._shape()
             | {

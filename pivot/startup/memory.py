@@ -6,10 +6,8 @@ States (weights, gradients, optimizer) are exact up to padding; activations are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,8 @@ import torch
 from pivot.config import ConfigError
 from pivot.engine.settings import MASTER_BYTES, MOMENT_BYTES
 from pivot.models.skeleton import Skeleton
-from pivot.system.distributed import World
+from pivot.system import host_memory
+from pivot.system.distributed import World, num_local_ranks
 
 GIB = 2**30
 OFFLOAD_FILE = "ds_configs/zero3_offload.json"
@@ -55,6 +54,8 @@ class Setup:
     zero: dict[str, Any]  # zero_optimization of the DeepSpeed JSON
     checkpointing: str  # none | selective | full
     activations: Callable[[str], float]  # peak bytes of the fullest row, by `checkpointing`; asked for more than once
+    local_ranks: int = 1  # on one machine
+    read_ahead: float = 0.0  # bytes of the micro-batches that a rank's loader holds ready
 
     @property
     def stage(self) -> int:
@@ -112,36 +113,26 @@ def _bucket_bytes(setup: Setup, every: int, trained: int) -> float:
 
 def available_memory(world: World) -> tuple[float, float]:
     """(bytes of this rank's device, bytes of the node's memory a rank); on a CPU both are the same."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size)
-    host = _host_bytes() / local_ranks
+    host = host_memory.total_bytes() / num_local_ranks(world)
     if world.device.type == "cuda":
         return float(torch.cuda.get_device_properties(world.device).total_memory), host
     return host, host
 
 
-def _host_bytes() -> float:
-    """The machine's memory, or what a container leaves of it."""
-    available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
-        if text != "max":
-            available = min(available, float(text))
-    return available
-
-
 # -- words ---------------------------------------------------------------------------------------------------------
 
 
-def describe_memory(setup: Setup, available: float, host: float, where: str) -> list[str]:
-    """What the run takes and which stage to take, in one to three lines of the first screen.
+def describe_memory(setup: Setup, available: float, host: float, where: str, machine: str = "machine") -> list[str]:
+    """What the run takes and which stage to take, in one to four lines of the first screen.
 
-    `available`: bytes of a rank's device; `host`: of the machine's memory, a rank; `where`: "GPU" or "machine".
+    `available`: bytes of a rank's device; `host`: of the machine's memory, a rank; `where`: what the device is called,
+    a GPU or the machine itself; `machine`: what the machine is called.
 
     Raises ConfigError when weights, gradients and optimizer state alone do not fit.
     """
     own = estimate(setup)
     advice = _advise(setup, available, where)
-    for name, needed, limit in ((where, own.states, available), ("machine, for what is offloaded,", own.host, host)):
+    for name, needed, limit in ((where, own.states, available), (f"{machine}, for what is offloaded,", own.host, host)):
         if needed > limit:
             raise ConfigError(
                 f"deepspeed: on ZeRO stage {setup.stage} and {setup.world_size} rank(s), weights, gradients and "
@@ -156,7 +147,27 @@ def describe_memory(setup: Setup, available: float, host: float, where: str) -> 
         lines.append(f"           WARNING: it may run out of memory; {_remedy(setup, available, advice)}")
     elif advice:
         lines.append(f"           {advice}")
+    if where != machine:
+        lines += _warn_of_host(setup, own, host, machine)
     return lines
+
+
+def _warn_of_host(setup: Setup, own: Estimate, host: float, machine: str) -> list[str]:
+    """A line where the machine's memory beside its GPUs may run out, in the course of the run or at its end.
+
+    Weights that are read in the precision of their files are not counted: they stay pages of these, which all ranks
+    share and the system takes back. What is exported is a copy of the whole model, on rank 0's machine.
+    """
+    weights = sum(p.numel() for p in setup.skeleton.parameters()) * setup.dtype.itemsize
+    parts = {"offloaded": own.host, "the model to export": weights / setup.local_ranks, "read ahead": setup.read_ahead}
+    total = sum(parts.values())
+    if total <= COMFORTABLE * host:
+        return []
+    listed = ", ".join(f"{name} {_gib(part)}" for name, part in parts.items() if part)
+    return [
+        f"           WARNING: the {machine} may run out of memory beside its GPUs: {listed}, {_gib(total)} in all of "
+        f"{_gib(host)} GiB a rank; ask for more (SLURM: --mem=0), or lower data.workers"
+    ]
 
 
 PRICES = {"selective": "a few percent more time", "full": "about a third more time"}  # of recomputing

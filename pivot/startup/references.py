@@ -24,7 +24,6 @@ from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
 from pivot.startup.screen import first_screen
 from pivot.system import distributed
 from pivot.system.distributed import World
-from pivot.system.redact import tell
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,13 @@ def _build_scorer(config: Config, inputs: Inputs, world: World) -> Score:
 def make_references(config: Config, *, check_only: bool = False) -> None:
     """What `launch/reference.py` does. Collective. Raises ConfigError where the loss needs no reference."""
     world = distributed.start(config.train.timeout_s)
-    say: Say = tell if world.is_main else lambda text: None
-    inputs = open_inputs(config, world, say)
-    say(first_screen(config, inputs, world))
+    inputs = open_inputs(config, world, world.say)
+    world.say(first_screen(config, inputs, world))
     if not inputs.objective.needs_reference:
         raise ConfigError(f"{inputs.objective} needs no reference, so there is nothing to score")
     if check_only:
         return
-    references = open_references(config, inputs, world, say)
+    references = open_references(config, inputs, world, world.say)
     for name, cache in (("training set", references.train), ("held-out set", references.held_out)):
         if cache is not None:
-            say(f"complete   {name}: {cache.folder}")
+            world.say(f"complete   {name}: {cache.folder}")

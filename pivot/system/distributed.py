@@ -21,6 +21,7 @@ from pivot.system.launcher import complete_environment
 from pivot.system.preemption import Preempted
 from pivot.system.process import time_limit
 from pivot.system.quiet import silence_known_output
+from pivot.system.redact import tell
 
 Value = TypeVar("Value")
 MOST_NAMED = 8  # ranks, in a message
@@ -37,6 +38,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Tell the reader `text`, once: rank 0 does."""
+        if self.is_main:
+            tell(text)
 
 
 def start(timeout_s: float) -> World:
@@ -84,6 +90,11 @@ def _prepare_environment() -> None:
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     complete_environment(os.environ)
+
+
+def num_local_ranks(world: World) -> int:
+    """The ranks of this machine, as the launcher tells; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size)
 
 
 def stop(code: int = 1) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def said(results: Path, name: str) -> list[str]:
     return first
 
 
+def events(results: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (results / name / "log.jsonl").read_text().splitlines()]
+    return [row for row in found if row.get("event") == kind]
+
+
+def skipped(results: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (results / name / "skipped.jsonl").read_text().splitlines()]
+
+
 def checkpoints(results: Path, name: str) -> dict[int, dict[str, Any]]:
     """Step -> the objective's state."""
     folders = sorted((results / name / "checkpoints").glob("step-*"))
@@ -100,3 +110,55 @@ def test_weights_that_are_not_finite_are_not_saved_and_push_nothing_out(results:
         in (results / "everything-rank0.log").read_text()
     )
     assert_finite(results, "weights")
+
+
+def test_a_skipped_step_is_put_down_to_the_samples_of_the_rank_that_spoilt_it(results: Path) -> None:
+    """Step 3 holds six pairs; the last rank's share of them had NaN as log-probs. The log, which has every second step,
+    has no row of it but an event; on both stages the same samples are named."""
+    for name in ("one step", "one step of ZeRO-2"):
+        (event,) = events(results, name, "skipped")
+        lines = skipped(results, name)
+        assert (event["step"], event["reason"], event["ranks"]) == (3, "loss", [1])
+        assert event["hosts"] == [socket.gethostname()] and event["num_samples"] == len(lines)
+        assert 1 <= len(lines) < 6
+        assert {(line["step"], line["reason"], line["rank"], line["host"]) for line in lines} == {
+            (3, "loss", 1, socket.gethostname())
+        }
+    assert skipped(results, "one step") == skipped(results, "one step of ZeRO-2")
+
+
+def test_of_a_gradient_that_is_not_finite_the_whole_step_is_named_by_rank(results: Path) -> None:
+    """Every log-prob was finite, and so is the loss that the log has of the step."""
+    assert said(results, "gradient") == ["done"]
+    (event,) = events(results, "gradient", "skipped")
+    lines = skipped(results, "gradient")
+    assert (event["step"], event["reason"], event["ranks"], event["num_samples"]) == (3, "gradient", [0, 1], 6)
+    assert {line["reason"] for line in lines} == {"gradient"} and len(lines) == 6
+    assert {line["rank"] for line in lines} == {0, 1}
+    assert len({(line["shard"], line["ordinal"]) for line in lines}) == 6
+
+
+def test_the_end_names_the_file_and_how_many_samples(results: Path) -> None:
+    """The start that went on made step 5 again, without the fault: its samples are no longer among them."""
+    ended, _ = said(results, "three steps")
+    path = results / "three steps" / "skipped.jsonl"
+    named = int(ended.partition(f"{path} names the ")[2].split()[0])
+    lines = skipped(results, "three steps")
+    assert (
+        {line["step"] for line in lines}
+        == {3, 4}
+        == {event["step"] for event in events(results, "three steps", "skipped")}
+    )
+    assert named > len(lines) and "lower the learning rates" in ended
+
+
+def test_a_spike_is_told_with_its_samples_and_a_resumed_run_tells_the_same(results: Path) -> None:
+    """The last rank's log-probs were 50 times as large in step 5; the second run is the first, gone on from step 4."""
+    assert said(results, "spike") == said(results, "spike again") == ["done"]
+    (event,) = events(results, "spike", "spike")
+    assert event["step"] == 5 and event["loss"] > event["limit"] > event["median"]
+    own = [sample["loss"] for sample in event["samples"]]
+    assert len(own) == 6 and own == sorted(own, reverse=True) and own[0] > event["limit"]
+    assert events(results, "spike again", "spike") == [event]
+    output = (results / "everything-rank0.log").read_text()
+    assert output.count("spike      step 5: loss ") == 2

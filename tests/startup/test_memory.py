@@ -99,3 +99,19 @@ def test_activations_that_may_not_fit_are_warned_of(setup_7b: Setup) -> None:
 def test_a_model_that_fits_without_offloading_is_told_so(setup_7b: Setup) -> None:
     (_, _, advice) = describe_memory(replace(setup_7b, zero=zero("zero3_offload")), CARD, HOST, "GPU")
     assert "fits without offloading" in advice and "ds_configs/zero2.json" in advice
+
+
+def test_the_machines_memory_beside_its_gpus_is_looked_at(setup_7b: Setup) -> None:
+    """ZeRO-2 on 8 ranks of one machine: the model that rank 0 exports is 15.0 GiB, 1.9 a rank, and the loaders hold
+    1 GiB each; of 4 GiB a rank that is below nine tenths, of 3 it is not. Offloading adds its states."""
+    beside = replace(setup_7b, local_ranks=8, read_ahead=1.0 * GIB)
+    assert len(describe_memory(beside, CARD, 4 * GIB, "GPU")) == 1
+    (_, warning) = describe_memory(beside, CARD, 3 * GIB, "GPU", "machine of node7")
+    assert "WARNING: the machine of node7 may run out of memory beside its GPUs" in warning
+    assert "the model to export 1.9, read ahead 1.0, 2.9 in all of 3.0 GiB a rank" in warning
+    lines = describe_memory(replace(beside, zero=zero("zero3_offload")), CARD, 18 * GIB, "GPU")
+    assert "offloaded 16.8, the model to export 1.9, read ahead 1.0, 19.7 in all of 18.0 GiB a rank" in lines[-1]
+    on_cpu = describe_memory(
+        replace(beside, read_ahead=90.0 * GIB), CARD, CARD, "machine"
+    )  # the first line says it all
+    assert "beside its GPUs" not in " ".join(on_cpu)

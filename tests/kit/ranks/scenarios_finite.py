@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from pivot.engine import Engine
 from pivot.train import Trainer, train
 from tests.kit.ranks.scenarios import _mine, build, optim_config, pair, run_step
-from tests.kit.ranks.scenarios_train import config_of
+from tests.kit.ranks.scenarios_train import config_of, cut
 
 CASES = [(0, False), *((stage, bf16) for stage in (1, 2, 3) for bf16 in (False, True))]  # stage, bf16
 POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
@@ -94,18 +95,25 @@ def runs(folder: Path) -> None:
     attempt(folder, "one step", {3})
     attempt(folder, "three steps", {3, 4, 5})
     attempt(folder, "three steps", set())
-    attempt(folder, "weights", {3}, weights=True)
+    attempt(folder, "weights", {3}, spoil=spoil_weights)
     attempt(folder, "weights", set())
     attempt(folder, "one step of ZeRO-2", {3}, deepspeed="ds_configs/zero2.json")
+    attempt(folder, "gradient", {3}, spoil=spoil_gradients)
+    with mock.patch("pivot.run.guard.FEWEST", 3):
+        attempt(folder, "spike", {5}, spoil=raise_loss, **{"checkpoint.keep": "9"})
+        cut(folder, "spike", "spike again", keep=("step-00000004",))
+        if dist.get_rank() == 0:
+            shutil.copy(folder / "spike" / "log.jsonl", folder / "spike again")
+        attempt(folder, "spike again", {5}, spoil=raise_loss)
 
 
-def attempt(folder: Path, name: str, bad_steps: set[int], *, weights: bool = False, **changes: str) -> None:
-    """A run of six steps that keeps two checkpoints; on the last rank `bad_steps` give NaN as log-probs or weights."""
+def attempt(folder: Path, name: str, bad_steps: set[int], *, spoil: Any = None, **changes: str) -> None:
+    """A run of six steps that keeps two checkpoints; on the last rank `bad_steps` are spoilt, by default with NaN as
+    log-probs."""
     changes = {"deepspeed": "ds_configs/zero0.json", "train.max_steps": "6"} | changes
-    changes |= {"checkpoint.every_steps": "1", "checkpoint.keep": "2", "log.every_steps": "2"}
+    changes = {"checkpoint.keep": "2"} | changes | {"checkpoint.every_steps": "1", "log.every_steps": "2"}
     bad = bad_steps if dist.get_rank() == dist.get_world_size() - 1 else set()
-    spoilt = spoil_weights(bad) if weights else spoil_logps(bad)
-    with mock.patch("pivot.train.Trainer.train_step", spoilt):
+    with mock.patch("pivot.train.Trainer.train_step", (spoil or spoil_logps)(bad)):
         try:
             text = train(config_of(folder, name, **changes))
         except RuntimeError as error:
@@ -115,9 +123,23 @@ def attempt(folder: Path, name: str, bad_steps: set[int], *, weights: bool = Fal
     dist.barrier()
 
 
-def spoil_logps(bad_steps: set[int]) -> Any:
+def raise_loss(bad_steps: set[int]) -> Any:
+    return spoil_logps(bad_steps, 50.0)
+
+
+def spoil_gradients(bad_steps: set[int]) -> Any:
     def spoilt(trainer: Trainer, *arguments: Any) -> dict[str, float]:
-        factor = float("nan") if trainer.progress.step + 1 in bad_steps else 1.0
+        if trainer.progress.step + 1 not in bad_steps:
+            return TRAIN_STEP(trainer, *arguments)
+        with poison(trainer.engine, "language_model", float("inf")):
+            return TRAIN_STEP(trainer, *arguments)
+
+    return spoilt
+
+
+def spoil_logps(bad_steps: set[int], by: float = float("nan")) -> Any:
+    def spoilt(trainer: Trainer, *arguments: Any) -> dict[str, float]:
+        factor = by if trainer.progress.step + 1 in bad_steps else 1.0
         with mock.patch.object(Engine, "__call__", lambda engine, batch: factor * CALL(engine, batch)):
             return TRAIN_STEP(trainer, *arguments)
 
