@@ -29,6 +29,7 @@ class StepMetrics:
         self.losses: list[Tensor] = []  # float32[] of each micro-batch of this rank, on the device
         self._on_device: dict[str, Tensor] = {}
         self._on_host: dict[str, float] = {}
+        self._of_ranks: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add this rank's part of the step's numbers: float[] tensors on the device, or what the host knows."""
@@ -52,9 +53,14 @@ class StepMetrics:
         table = own.new_empty(self._world.size, len(own))  # a row a rank: sums and maxima in one collective
         torch.distributed.all_gather_into_tensor(table.view(-1), own)
         ranks = table.cpu()
+        self._of_ranks = dict(zip([*names, *told], ranks.T, strict=True))
         sums, highest = ranks.sum(0).tolist(), ranks.amax(0).tolist()
         values = {n: highest[i] if n in HIGHEST else sums[i] for i, n in enumerate([*names, *told])}
         return {name: values[name] for name in names}, {name: values[name] for name in told}
+
+    def of_each_rank(self, name: str) -> list[float]:
+        """What each rank added under `name`; after `reduce`."""
+        return self._of_ranks[name].tolist()
 
 
 class Timer:

@@ -20,7 +20,7 @@ from torch import Tensor
 from pivot.batch import PackedBatch, StepCounts
 from pivot.metrics import StepMetrics
 from pivot.objectives import Objective
-from pivot.system import fault
+from pivot.system import fault, watchdog
 
 
 class Step(Protocol):
@@ -71,6 +71,7 @@ def run_micro_batch(
     Nothing here may wait for the device: no `.item()`, no `.cpu()`, no shape that depends on values. The host would
     fall behind, and the GPU idle, once per micro-batch.
     """
+    watchdog.move()
     token_logps = engine(batch)
     outcome = objective(token_logps, batch)
     terms = [weight * term.total / counts.denominator(term.unit) for weight, term in outcome.loss.values()]

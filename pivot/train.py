@@ -31,6 +31,7 @@ from pivot.run.profile import Tracer
 from pivot.run.spent import Clock, compare_spent, describe_spent
 from pivot.run.state import Progress, RunState
 from pivot.run.status import DONE, PREEMPTED
+from pivot.run.stragglers import Stragglers, describe
 from pivot.run.weights_and_biases import require_package
 from pivot.startup.facts import start_facts
 from pivot.startup.flops import build_work_counter, measure_matmul_tflops
@@ -45,10 +46,11 @@ from pivot.startup.selfcheck import (
     start_margins,
 )
 from pivot.step import Step, StepSource, run_micro_batch
-from pivot.system import distributed, fault, preemption
+from pivot.system import distributed, fault, preemption, watchdog
 from pivot.system.distributed import World
 from pivot.system.preemption import Preempted
 from pivot.system.redact import tell
+from pivot.system.watchdog import Watchdog
 
 
 def train(config: Config, *, check_only: bool = False) -> str:
@@ -62,7 +64,8 @@ def train(config: Config, *, check_only: bool = False) -> str:
         world = distributed.start(config.train.timeout_s)
         folder = RunFolder(config.output_dir)
         try:
-            return _run(config, folder, world, check_only)
+            with distributed.watched(world, config.train.timeout_s) as dog:
+                return _run(config, folder, world, check_only, dog)
         except Preempted as asked:
             if world.is_main:
                 step = folder.newest_step()
@@ -79,7 +82,7 @@ def train(config: Config, *, check_only: bool = False) -> str:
             folder.release()
 
 
-def _run(config: Config, folder: RunFolder, world: World, check_only: bool) -> str:
+def _run(config: Config, folder: RunFolder, world: World, check_only: bool, dog: Watchdog) -> str:
     say = world.say
     fault.announce(say)
     distributed.check_preemption()
@@ -102,6 +105,7 @@ def _run(config: Config, folder: RunFolder, world: World, check_only: bool) -> s
         return DONE
     with distributed.shared_failure(f"opening {folder.path}"):
         folder.require_shared(world.rank)
+    dog.write_to(folder.path, partial(folder.status.fail, world.rank), folder.status.has_failed)
     steps = Trainer(config, folder, inputs, world).run()
     if world.is_main:
         folder.status.end(DONE, step=steps)
@@ -116,15 +120,18 @@ class Trainer:
         self.say: Say = world.say
         self.progress = Progress()
         self.clock = Clock(self.progress.spent, world)
-        self.objective = inputs.objective
+        self.objective, self.stragglers = inputs.objective, Stragglers()
+        watchdog.enter("in loading the weights")
         self.model = self._build_model(inputs.sources)
         self.engine = self._build_engine()
         distributed.check_preemption()
+        watchdog.enter("in scoring the reference")
         # Now, while the engine still holds the weights that the run starts from.
         references = open_references(config, inputs, world, self.say, start_weights=self._score)
         self.reference, self.held_out_reference = references.train, references.held_out
         self.counter = build_work_counter(inputs.skeleton, config.optim.trained())
         self.state = RunState(config, folder, self.engine, inputs.plan, self.objective, world, self.say)
+        watchdog.enter("in loading a checkpoint")
         self.state.restore(self.progress)
         distributed.check_preemption()
         self.saved_step = self.progress.step
@@ -203,6 +210,7 @@ class Trainer:
             self.tracer.before_step()
             metrics = self.train_step(step_plan, micro_batches, loader, timer, tolerance)
             progress.step = step_plan.step + 1
+            watchdog.enter(f"behind step {progress.step}")
             if progress.step % self.config.log.every_steps == 0 or progress.step == total:
                 epoch = progress.step / self.inputs.plan.steps_per_epoch
                 self.log.step(progress.step, metrics | timer.read() | {"epoch": epoch})
@@ -213,9 +221,11 @@ class Trainer:
             if progress.step < total and self._evaluates(progress.step):
                 self._evaluate()
                 timer.read()  # the rates are those of training
+            watchdog.take_busy_s()  # rank 0 alone writes: what slows down steps is what counts
         self.tracer.stop()
 
     def _save(self) -> None:
+        watchdog.enter(f"in the save behind step {self.progress.step}")
         self.clock.read()
         self.state.save(self.progress)
         self.saved_step = self.progress.step
@@ -236,6 +246,7 @@ class Trainer:
 
         In the run's first step every parameter must get a gradient, and with a `tolerance` every margin be zero.
         """
+        watchdog.enter(f"in step {self.progress.step + 1}")
         fault.inject(self.world.rank, self.progress.step + 1)
         sums, device = StepMetrics(self.world), self.world.device
         num_masked, first = loader.num_masked, self.progress.step == 0
@@ -262,7 +273,11 @@ class Trainer:
         self.waited_s = loader.data_wait_s
         sums.add({"masked": loader.num_masked - num_masked})
         sums.add({"save": self.world.is_main and self.folder.status.asks_to_save()})
+        sums.add({"busy_s": watchdog.take_busy_s()})
         learned, told = sums.reduce()
+        for row in self.stragglers.add(sums.of_each_rank("busy_s")):
+            self.log.event("straggler", step=self.progress.step + 1, **row)
+            self.say(f"straggler  {describe(row)}")
         self.save_asked = told["save"] > 0
         self._count_work(step_plan, told, timer)
         metrics = learned | {"masked": told["masked"]} | updated
@@ -310,6 +325,7 @@ class Trainer:
         if self.inputs.held_out is None or distributed.broadcast(self.log.has_evaluation(step)):
             return
         distributed.check_preemption()
+        watchdog.enter(f"in the evaluation behind step {step}")
         evaluation = evaluator.evaluate(
             self.inputs.held_out,
             self.inputs.processor,
@@ -347,6 +363,7 @@ class Trainer:
     def _export(self) -> None:
         """The trained model as an HF folder, read back and compared by rank 0."""
         distributed.check_preemption()
+        watchdog.enter("in the export")
         state = self.engine.state_dict()
         with distributed.shared_failure("exporting"):
             if self.world.is_main:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -122,6 +123,18 @@ def test_a_run_without_evaluation_or_steps_has_a_report_too(tmp_path: Path) -> N
     (run / "log.jsonl").write_text("")
     (run / "status").unlink()
     assert "unknown" in write_report(run).read_text()
+
+
+def test_a_run_that_is_not_over_shows_its_last_sign_of_life(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "sft", [], held_out="set", skill=(0, 0))
+    assert "sign of life" not in write_report(run).read_text()
+    then = (datetime.now(UTC) - timedelta(hours=3)).isoformat(timespec="seconds")
+    status = {"status": "running", "host": "node7", "pid": 12, "job": "34", "time": then}
+    (run / "status").write_text(json.dumps(status))
+    expected = "its last sign of life was 3 h ago (process 12 on node7, job 34)"
+    assert expected in write_report(run).read_text()
+    (run / "status").write_text(json.dumps({"status": "running", "time": "x"}))
+    assert "sign of life" not in write_report(run).read_text()
 
 
 def test_repeated_rows_count_once_and_null_is_left_out(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from pivot.data.order import mix64
 from pivot.data.samples import ROLES_OF_KIND, completions_of
 from pivot.data.shards import ShardSet
 from pivot.processor.conversation import ChangedAnswer
-from pivot.system import preemption
+from pivot.system import preemption, watchdog
 from pivot.system.files import write_array
 from pivot.system.workers import worker_pool
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 1.0  # between two looks whether to stop, while workers count
 BLOCK_ROWS = 500  # between two reports of progress
 LENGTH_RECORD = np.dtype(
     [
@@ -105,6 +107,7 @@ def build_lengths(
             parts = []
             for block in blocks:
                 preemption.check()
+                watchdog.move()
                 parts.append(block)
                 done += len(block)
                 if progress is not None and (done - reported >= BLOCK_ROWS or done == total):
@@ -122,6 +125,8 @@ def missing_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Pat
 def _fetch_lengths(shards: ShardSet, processor: Processor, cache_dir: str | Path, numbers: list[int]) -> int:
     """How many of the shards, from the first on, had their counts beside them; those were written to `cache_dir`."""
     for done, number in enumerate(numbers):
+        preemption.check()
+        watchdog.move()
         path = _path(cache_dir, processor, shards.shards[number])
         data = shards.read_beside(number, "lengths", path.parent.name, path.name)
         if data is None:
@@ -154,7 +159,15 @@ def _counting(shards: ShardSet, processor: Processor, workers: int) -> Iterator[
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     with worker_pool(workers, _start_worker, shards, processor) as pool:
-        yield lambda numbers: zip(numbers, pool.map(_count_shard, numbers), strict=True)
+        yield lambda numbers: zip(numbers, map(_wait, [pool.submit(_count_shard, n) for n in numbers]), strict=True)
+
+
+def _wait(counted: Future[list[np.ndarray]]) -> list[np.ndarray]:
+    """What a worker counts in a shard; Preempted as soon as this process is asked to stop."""
+    while not counted.done():
+        preemption.check()
+        wait([counted], LOOK_S)
+    return counted.result()
 
 
 _worker_state: tuple[ShardSet, Processor] | None = None  # of a worker process: what would be costly to send each time

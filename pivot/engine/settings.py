@@ -17,6 +17,7 @@ from torch.utils import cpp_extension
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from pivot.config import ConfigError
+from pivot.system import watchdog
 
 ONE_SUB_GROUP = 10**12  # ZeRO-3 steps a component in one piece, so that its norms are those of the whole component
 NEVER = 10**12
@@ -123,4 +124,5 @@ def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
 
 def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
     """The full values of partitioned parameters on every rank; whole ones stay as they are."""
+    watchdog.move()  # a large model is loaded, and written, tensor by tensor
     return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")])

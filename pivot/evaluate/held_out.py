@@ -91,9 +91,10 @@ def open_held_out(
     """
     shards = ShardSet.open(path, shard_cache or ShardCache(cache_dir / "fetched"))
     shards.check_cache(whole=True)
-    with distributed.shared_failure("counting tokens"):
-        if world.is_main:
-            build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"))
+    distributed.on_main(
+        "counting tokens",
+        lambda: build_lengths(shards, processor, cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}")),
+    )
     distributed.check_preemption()
     lengths = load_lengths(shards, processor, cache_dir)
     if lengths.rejected.all():

@@ -10,6 +10,7 @@ from pivot.config import Config
 from pivot.config_load import read_settings
 from pivot.objectives import Objective, objective_class
 from pivot.report.rows import LogRow, is_log_row, is_sample, read_rows
+from pivot.run.status import RUNNING, last_sign
 from pivot.system.files import read_object
 
 
@@ -40,6 +41,11 @@ class ReportedRun:
         """DPO · sigmoid · beta 0.1"""
         section = getattr(self.config.objective, self.objective.name)
         return " · ".join(filter(None, [self.objective.name.upper(), self.objective.describe(section)]))
+
+    @property
+    def last_sign(self) -> str:
+        """When and from where a run that is not over gave its last sign of life; "" for one that is."""
+        return last_sign(self.status) if self.status.get("status") == RUNNING else ""
 
     def series(self, key: str, *, held_out: bool = False) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""

@@ -30,11 +30,10 @@ def read_rows(path: Path, is_row: Callable[[LogRow], bool]) -> tuple[list[LogRow
 
 
 def is_log_row(row: LogRow) -> bool:
-    """A step ({"step": 1, "loss": ...}), or an event of a run, each with the values that the page reads."""
+    """A step ({"step": 1, "loss": ...}), or an event of CHECKS with the values that the page reads."""
     if "event" not in row:
         return _is_step(row.get("step")) and all(map(_is_number, row.values()))
-    checks = {"start": _is_start, "eval": _is_evaluation, "end": _is_end, "skipped": _is_skipped, "spike": _is_spike}
-    check = checks.get(str(row["event"]))
+    check = CHECKS.get(str(row["event"]))
     return check is not None and _is_step(row.get("step", 0)) and check({k: v for k, v in row.items() if k != "event"})
 
 
@@ -82,6 +81,20 @@ def _is_skipped(row: LogRow) -> bool:
 
 def _is_spike(row: LogRow) -> bool:
     return "step" in row and all(_is_known(row.get(name)) for name in ("loss", "median", "limit"))
+
+
+def _is_straggler(row: LogRow) -> bool:
+    return isinstance(row.get("host"), str) and all(_is_known(row.get(name)) for name in ("rank", "busy_s"))
+
+
+CHECKS = {
+    "start": _is_start,
+    "eval": _is_evaluation,
+    "end": _is_end,
+    "skipped": _is_skipped,
+    "spike": _is_spike,
+    "straggler": _is_straggler,
+}
 
 
 def _is_numbers(value: Any) -> bool:

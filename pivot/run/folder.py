@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -28,7 +29,7 @@ from pivot.system.redact import redact_values
 
 # What may lie in a folder that is no run yet: our own first files, and what job schedulers, launchers, file systems and
 # dying processes leave behind. Everything else may be somebody's work.
-_OWN = ("lock", "cache", "run.json", "stop", "save", "*.part")
+_OWN = ("lock", "cache", "run.json", "stop", "save", "stacks*", "*.part")
 _LITTER = ("*.out", "*.err", "*.log", "log", "logs", "slurm*", "core", "core.*", ".*", "lost+found", "Thumbs.db")
 # Errors that another output_dir mends, unlike those of a disk that is full or broken.
 _MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -184,6 +185,10 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     part.unlink()
         sweep(self.checkpoints, say)
+        stacks, before = self.path / "stacks", self.path / "stacks-before"
+        if stacks.exists():  # of a start that hung; in this one they would mean that a rank waits
+            shutil.rmtree(before, ignore_errors=True)
+            stacks.rename(before)
 
     def _take_lock(self) -> None:
         try:

@@ -22,6 +22,7 @@ from typing import Any
 from pivot.system import preemption
 from pivot.system.distributed import GONE, SILENT, FailedElsewhere, is_echo
 from pivot.system.files import read_object, write_atomically
+from pivot.system.hang import Hang
 from pivot.system.lock import FileLock, Held
 from pivot.system.redact import redact
 
@@ -102,6 +103,10 @@ class RunStatus:
             if not echo or self._is_running():
                 self.write(FAILED, reason=_explain(rank, error), time=_now())
 
+    def has_failed(self) -> bool:
+        """Whether a rank of this start has written that it failed."""
+        return bool(self.owner) and read_object(self.path).get("status") == FAILED
+
     def _may_speak(self) -> bool:
         try:
             if not self._lock.held:
@@ -131,6 +136,8 @@ class RunStatus:
 
 
 def _explain(rank: int, error: BaseException) -> str:
+    if isinstance(error, Hang):
+        return str(error)
     text = f"{type(error).__name__}: {error}"
     if not isinstance(error, FailedElsewhere):
         if any(part in str(error) for part in GONE):

@@ -72,7 +72,7 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     attention = _resolve_attention(config.train.attention, skeleton, world.device, dtype)
     data = open_training_data(config)
     data = replace(data, cache_dir=distributed.broadcast(data.cache_dir))
-    _count_tokens(data, processor, config.data.workers, world, say)
+    _count_tokens(data, processor, config.data.workers, say)
     settings = resolve_plan(config, data, processor, skeleton, roles=objective.roles, world_size=world.size)
     plan = Plan(settings)
     _require_images(config, plan)
@@ -108,17 +108,14 @@ def _resolve_reference(config: Config, sources: WeightSources, folder: str | Non
     return reference
 
 
-def _count_tokens(data: TrainingData, processor: Processor, workers: int, world: World, say: Say) -> None:
+def _count_tokens(data: TrainingData, processor: Processor, workers: int, say: Say) -> None:
     """Collective: rank 0 counts what no side-car has."""
-    with distributed.shared_failure("counting tokens"):
-        if world.is_main:
-            build_lengths(
-                data.shards,
-                processor,
-                data.cache_dir,
-                lambda done, of: say(f"counting tokens: {done} of {of}"),
-                workers,
-            )
+    distributed.on_main(
+        "counting tokens",
+        lambda: build_lengths(
+            data.shards, processor, data.cache_dir, lambda done, of: say(f"counting tokens: {done} of {of}"), workers
+        ),
+    )
     distributed.check_preemption()
 
 

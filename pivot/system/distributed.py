@@ -6,8 +6,10 @@ import contextlib
 import datetime
 import os
 import shutil
+import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +18,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pivot.system import preemption
+from pivot.system import preemption, watchdog
 from pivot.system.launcher import complete_environment
 from pivot.system.preemption import Preempted
 from pivot.system.process import time_limit
 from pivot.system.quiet import silence_known_output
 from pivot.system.redact import tell
+from pivot.system.watchdog import Watchdog
 
 Value = TypeVar("Value")
 MOST_NAMED = 8  # ranks, in a message
+
+MEET_S = 1.0  # between two meetings of the ranks while rank 0 works alone
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def start(timeout_s: float) -> World:
     if use_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_s)
+        timeout = datetime.timedelta(seconds=timeout_s + watchdog.GRACE_S)  # the watchdog's words come first
         with preemption.meeting():
             dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
@@ -107,10 +112,24 @@ def stop(code: int = 1) -> None:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def watched(world: World, timeout_s: float) -> Iterator[Watchdog]:
+    """Inside, a rank that waits for another longer than `timeout_s` names it and ends. Collective.
+
+    On GPUs somewhat sooner: DeepSpeed makes groups of its own, which have torch's default time-outs whatever the first
+    group has: for NCCL 600 s, behind which it aborts the process; for gloo 1,800 s.
+    """
+    limit_s = timeout_s - min(watchdog.GRACE_S, timeout_s / 4) * (dist.get_backend() == "nccl")
+    dog = Watchdog(world.rank, gather(f"{socket.gethostname()}, process {os.getpid()}"), limit_s)
+    with dog.watching():
+        yield dog
+
+
 def broadcast(value: Value) -> Value:
     """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
+    watchdog.met()
     return box[0]
 
 
@@ -118,6 +137,7 @@ def gather(value: Value) -> list[Value]:
     """Every rank's value, on every rank, in the order of the ranks."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
+    watchdog.met()
     return values
 
 
@@ -166,11 +186,49 @@ def shared_failure(what: str) -> Iterator[None]:
         raise Preempted(text)
 
 
+def on_main(what: str, work: Callable[[], object]) -> None:
+    """Run `work` on rank 0, which calls preemption.check() and watchdog.move() as it comes on. Collective.
+
+    The others wait, and all meet every second: however long it takes no collective times out, and a request to stop
+    reaches rank 0 from any of them. Where `work` fails or is stopped, all raise, as in `shared_failure`.
+    """
+    main = dist.get_rank() == 0
+    with shared_failure(what), watchdog.working_alone(main):
+        task: Future[object] = Future()
+        if main:
+            pool = ThreadPoolExecutor(1)
+            task = pool.submit(work)
+            pool.shutdown(wait=False)
+        done = told = False
+        while not done:
+            moves = watchdog.num_moves()
+            if main:
+                wait([task], MEET_S)
+            done, moved, asked = _any_of(main and task.done(), main and watchdog.num_moves() > moves, _is_asked())
+            if moved and not main:
+                watchdog.move()
+            if asked and not told:
+                told, reason = True, _who_asked()
+                if main and preemption.reason() is None:
+                    preemption.ask(reason)
+        if main:
+            task.result()
+
+
+def _any_of(*flags: bool) -> list[bool]:
+    """Each true as soon as one rank says so. Collective, and no sign that a rank comes on."""
+    votes = torch.tensor(flags, dtype=torch.int32, device=_collective_device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank as soon as one rank says so."""
     vote = torch.tensor(int(flag), device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+    found = bool(vote.item())
+    watchdog.met()
+    return found
 
 
 def check_preemption() -> None:
@@ -178,10 +236,14 @@ def check_preemption() -> None:
     if not dist.is_initialized():
         preemption.check()
     elif any_asked():
-        reasons = gather(preemption.reason())
-        rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
-        everywhere = len(set(reasons)) == 1
-        raise Preempted(str(reasons[rank]) if everywhere else f"{reasons[rank]} on rank {rank}")
+        raise Preempted(_who_asked())
+
+
+def _who_asked() -> str:
+    """Why one of the ranks was asked to stop, and which. Collective."""
+    reasons = gather(preemption.reason())
+    rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+    return str(reasons[rank]) if len(set(reasons)) == 1 else f"{reasons[rank]} on rank {rank}"
 
 
 def until_asked(items: Iterable[Value]) -> Iterator[Value]:
@@ -199,9 +261,16 @@ def until_asked(items: Iterable[Value]) -> Iterator[Value]:
 
 def any_asked() -> bool:
     """Whether a rank was asked to stop, the same on all of them. Collective."""
+    return any_rank(_is_asked(), _collective_device())
+
+
+def _is_asked() -> bool:
+    return preemption.reason() is not None
+
+
+def _collective_device() -> torch.device:
     on_gpu = dist.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    return any_rank(preemption.reason() is not None, device)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def rng_state() -> dict[str, torch.Tensor]:
