@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from command import OK, tell_error  # first: it makes pivot importable
 
+from pivot.system.files import write_atomically
 from pivot.system.process import leave
 from pivot.system.redact import tell
 
@@ -195,7 +196,7 @@ def main(arguments: list[str]) -> int:
     try:
         numbers = held_out(options)
         if options.json is not None:
-            options.json.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_atomically(options.json, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
         return OK
     except Exception as error:
         return tell_error(error)

@@ -28,19 +28,24 @@ from pivot.models.llava import to_llava_config, write_llava
 from pivot.models.mllm import MLLM
 from pivot.models.projector import Projector
 from pivot.processor import Processor
-from pivot.system.files import read_object
+from pivot.system.files import filling, read_object
 
 PARTS, PROJECTOR = "parts.json", "projector.safetensors"
+KNOWN_BY = ("config.json", PARTS)  # a folder without them is no model
 
 
 def write_model(folder: Path, model: MLLM, state_dict: Mapping[str, Tensor], processor: Processor) -> None:
-    """Write the MLLM whose whole state dict (our names) is `state_dict`; what is written is read back and compared."""
-    try:
-        to_llava_config(model.vision_tower, model.projector, model.language_model, processor)
-    except ValueError as reason:
-        write_parts(folder, model, state_dict, processor, reason=str(reason))
-    else:
-        write_llava(folder, model, state_dict, processor)
+    """Write the MLLM whose whole state dict (our names) is `state_dict`; what is written is read back and compared.
+
+    The files of KNOWN_BY come when all the rest is there and right.
+    """
+    with filling(folder, last=KNOWN_BY) as part:
+        try:
+            to_llava_config(model.vision_tower, model.projector, model.language_model, processor)
+        except ValueError as reason:
+            write_parts(part, model, state_dict, processor, reason=str(reason))
+        else:
+            write_llava(part, model, state_dict, processor)
 
 
 def write_parts(

@@ -19,18 +19,20 @@ from pivot.run import checkpoint
 from pivot.run.checkpoint import Checkpoint
 from pivot.system import distributed
 from pivot.system.distributed import World
+from pivot.system.files import UNFINISHED
 
 
 def export_checkpoint(path: Path, out: Path, say: Callable[[str], None]) -> int:
     """Write the model of RUN's newest sound checkpoint, or of the one that `path` is, to `out`; gives its step.
 
     The parts that a run does not train, and what lies behind the feature layer, are read where the run began. Raises
-    ValueError where `path` is neither, where `out` holds something, and for files that training never writes.
+    ValueError where `path` is neither, where `out` holds something (but for what an export that was killed left there),
+    and for files that training never writes.
     """
     run = path if (path / "config.yaml").is_file() else path.parent.parent
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{path}: no run and no checkpoint of one; expected RUN or RUN/checkpoints/step-...")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(out.iterdir()) and not (out / UNFINISHED).is_dir():
         raise ValueError(f"--out: {out} is not empty; give another folder")
     config = load_saved(run / "config.yaml")
     world = distributed.start(config.train.timeout_s)

@@ -63,9 +63,9 @@ def start(timeout_s: float) -> World:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if use_gpu:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_s + watchdog.GRACE_S)  # the watchdog's words come first
-        with preemption.meeting():
+    with preemption.meeting():
+        if not dist.is_initialized():
+            timeout = datetime.timedelta(seconds=timeout_s + watchdog.GRACE_S)  # the watchdog's words come first
             dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
 

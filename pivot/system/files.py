@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +31,44 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+UNFINISHED = ".part"  # in a folder that is being written
+
+
+@contextlib.contextmanager
+def filling(folder: Path, last: Collection[str]) -> Iterator[Path]:
+    """A place for the files that are to lie in `folder`, which is made; at the end, flushed, they move there.
+
+    `last` names the files by which readers know `folder`. Those of before go first and the new ones come behind all
+    others, so that nobody takes a half-written folder for a whole one. Other files that lie there stay. What a killed
+    process leaves is in `folder`/.part, and the next one clears it away; a failure leaves `folder` as it was.
+    """
+    part = folder / UNFINISHED
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        names = sorted(path.relative_to(part) for path in part.rglob("*") if path.is_file())
+        for name in names:
+            _sync(part / name)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    known_by = [name for name in names if name.name in last]
+    for name in {*known_by, *map(Path, last)}:
+        (folder / name).unlink(missing_ok=True)
+    _move([name for name in names if name not in known_by], part, folder)
+    _move(sorted(known_by, key=lambda name: -len(name.parts)), part, folder)  # the folder's own behind its folders'
+    shutil.rmtree(part)
+
+
+def _move(names: list[Path], part: Path, folder: Path) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part / name, folder / name)
+    for changed in {(folder / name).parent for name in names}:
+        sync_folder(changed)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,7 +112,11 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -22,9 +22,11 @@ from typing import TypeVar
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED, AGAIN = 130, 75  # exit codes: by a second Ctrl-C; stopped before there was anything to lose
 LOOK_EVERY_S = 1.0  # for the launcher
-MEET_WITHIN_S = 10.0  # from a signal on: for ranks that have not met yet
-_MODULES = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run")
+MEET_WITHIN_S = 5.0  # from a signal on: for ranks that have not met yet
+_LAUNCH = "deepspeed.launcher.launch"  # on each machine; below the command that the user gave, or below ssh
+_MODULES = (_LAUNCH, "deepspeed.launcher.runner", "torch.distributed.run")
 _COMMANDS = ("deepspeed", "deepspeed.pt", "torchrun")
+_OF_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables that launch.py and torchrun set for their ranks
 
 Value = TypeVar("Value")
 
@@ -46,6 +48,7 @@ class _State:
     listens: bool = False
     waiting: bool = False  # inside `unless_asked`
     meeting: bool = False  # inside `meeting`
+    met: bool = False  # behind it
 
 
 _state = _State()
@@ -105,8 +108,11 @@ def listening() -> Iterator[None]:
     told, numbers = socket.socketpair()
     numbers.setblocking(False)
     previous, over = signal.set_wakeup_fd(numbers.fileno(), warn_on_full_buffer=False), threading.Event()
-    threading.Thread(target=_watch, args=(told, over, _launchers()), name="preemption", daemon=True).start()
+    links = _launchers()
+    threading.Thread(target=_watch, args=(told, over, links), name="preemption", daemon=True).start()
     try:
+        if _came_too_late(links):
+            _obey_orphaned("its launcher is gone", alone=_are_all_ranks_here())
         yield
     finally:
         over.set()
@@ -119,10 +125,11 @@ def listening() -> Iterator[None]:
 
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
-    """Inside, the ranks wait for each other in C++. One that is asked to stop meanwhile leaves alone, after a while."""
+    """Inside, the ranks wait for each other in C++; one that is asked to stop leaves alone, after a while."""
     _state.meeting = True
     try:
         yield
+        _state.met = True
     finally:
         _state.meeting = False
 
@@ -146,6 +153,8 @@ def _end_now() -> None:
 def _watch(told: socket.socket, over: threading.Event, links: list[tuple[int, int]]) -> None:
     """Sees what the main thread may be unable to see: a second Ctrl-C, and that the launcher is gone."""
     interrupts, asked_at = 0, None
+    # The others have the same launcher, which ends them when this one leaves; else they would wait for it.
+    alone = bool(links) and _are_all_ranks_here()
     told.settimeout(LOOK_EVERY_S)  # not select: a process may have more than its 1,024 files open
     with told:
         while not over.is_set():
@@ -161,10 +170,28 @@ def _watch(told: socket.socket, over: threading.Event, links: list[tuple[int, in
             gone = next((parent for child, parent in links if _parent_of(child) != parent), None)
             if gone is not None and not over.is_set():
                 links = []
-                ask(f"its launcher, process {gone}, is gone")
-            if _state.meeting and asked_at is not None and time.monotonic() > asked_at + MEET_WITHIN_S:
-                os.write(2, b"stopped by a signal before the ranks met: nothing was there to save\n")
-                os._exit(AGAIN)
+                _obey_orphaned(f"its launcher, process {gone}, is gone", alone=alone)
+            waits_alone = not _state.met and (alone or _state.meeting)
+            if waits_alone and asked_at is not None and time.monotonic() > asked_at + MEET_WITHIN_S:
+                _leave_alone("a signal")
+
+
+def _obey_orphaned(reason: str, *, alone: bool) -> None:
+    """Without a launcher: at once, while `alone` nobody waits for this rank yet; else together with the others."""
+    if alone and not _state.met:
+        _leave_alone(reason)
+    ask(reason)
+
+
+def _leave_alone(reason: str) -> None:
+    os.write(2, f"stopped by {reason} before the ranks met: nothing was there to save\n".encode())
+    os._exit(AGAIN)
+
+
+def _are_all_ranks_here() -> bool:
+    """Whether the launcher says that all ranks are on this machine."""
+    size = os.environ.get("WORLD_SIZE")
+    return size is not None and size in (os.environ.get("LOCAL_SIZE"), os.environ.get("LOCAL_WORLD_SIZE"))
 
 
 def _forget_in_child() -> None:
@@ -187,6 +214,28 @@ def _launchers() -> list[tuple[int, int]]:
     return links[:num_links]
 
 
+def _came_too_late(links: list[tuple[int, int]]) -> bool:
+    """Whether a launcher was gone before this process, or the one between them, looked for it.
+
+    Of DeepSpeed's two that is the command of the user; on a machine of its own it starts launch.py without --node_rank.
+    """
+    if not links:
+        return any(name in os.environ for name in _OF_LAUNCHERS) and _is_adopted(os.getpid())
+    top = links[-1][1]
+    words = _command_line(top)
+    alone = _LAUNCH in words and not any(word.startswith("--node_rank") for word in words)
+    return alone and _is_adopted(top)
+
+
+def _is_adopted(process: int) -> bool:
+    """Whether the parent that started `process` is gone: a process has the session of that one, or begins its own."""
+    try:
+        session, parent = os.getsid(process), _parent_of(process)
+        return session != process and parent > 0 and os.getsid(parent) != session
+    except OSError:
+        return False
+
+
 def _parent_of(process: int) -> int:
     """0 where the process is gone, or the system does not tell."""
     if process == os.getpid():
@@ -199,10 +248,15 @@ def _parent_of(process: int) -> int:
 
 def _is_launcher(process: int) -> bool:
     """Whether its command line is that of deepspeed (the command, or what it starts on a node) or torchrun."""
-    if sys.platform != "linux":
-        return False
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
+    words = _command_line(process)
     return any(word in _MODULES for word in words[:4]) or any(Path(word).name in _COMMANDS for word in words[:2])
+
+
+def _command_line(process: int) -> list[str]:
+    """[] where the process is gone, or the system does not tell."""
+    if sys.platform != "linux":
+        return []
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []

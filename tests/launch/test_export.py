@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,48 @@ def test_it_is_the_runs_own_export(folder: Path, tmp_path: Path, name: str) -> N
     own = {path.name: path.read_bytes() for path in (run / "export").iterdir() if path.is_file()}
     assert "model.safetensors" in own
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == own
+
+
+KILLED = """
+import os, runpy, signal, sys
+replace, at = os.replace, sys.argv[1]
+def kill(source, target):
+    if os.path.basename(target) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill
+sys.path.insert(0, "launch")
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_killed(name: str, at: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script that gets SIGKILL when a file of this name is to get its place."""
+    command = [sys.executable, "-c", KILLED, at, f"launch/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=rank_free_environment(), capture_output=True, text=True)
+
+
+def test_an_export_that_is_killed_is_none_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    run, out = folder / "zero0", tmp_path / "out"
+    assert run_killed("export", "config.json", run, "--out", out).returncode == -signal.SIGKILL
+    assert (out / "model.safetensors").is_file()
+    refused = run_script("evaluate", "held-out", "--model", out, "--data", folder / "set")
+    assert refused.returncode == 2 and "it holds neither config.json nor parts.json" in refused.stderr
+    done = run_script("export", run, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in (run / "export").iterdir()
+    }
+
+
+def test_numbers_that_are_half_written_leave_those_of_before(folder: Path, tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    numbers.write_text("{}")
+    arguments = ["held-out", "--model", folder / "zero0", "--data", folder / "set", "--num-samples", 2]
+    killed = run_killed("evaluate", "numbers.json", *arguments, "--json", numbers)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert numbers.read_text() == "{}"
 
 
 def test_what_cannot_be_exported_is_one_sentence(folder: Path, tmp_path: Path) -> None:

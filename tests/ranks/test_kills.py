@@ -1,120 +1,118 @@
-"""Law: a run whose processes are killed at any moment ends with the weights of the run that nobody touched.
+"""Law: a run that is killed at any moment goes on from a whole checkpoint and ends with an untouched one's weights.
 
-`KILLS=36 make test ARGS="-m slow tests/ranks/test_kills.py --timeout 3600"` kills as often as that. No launcher watches
-over these ranks: one whose peer was killed before they met waits for `train.timeout_s`, here 40 s, and then ends.
+`KILLS=100 make test ARGS="-m slow tests/ranks/test_kills.py --timeout 3600 -n 0 -s"` kills as often as that and prints
+where; `OVERRIDES="key=value ..."` are settings of both runs. Victims are one rank, both, the `deepspeed` command, its
+launch.py, or all of them. Ranks without a launcher that have not met yet are killed together: the one that is left
+would wait for `train.timeout_s`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
+import shutil
 import signal
-import subprocess
-import sys
-import time
+from itertools import cycle, islice
 from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from pivot.config import REPOSITORY
-from pivot.system.process import free_port
-from tests.kit.ranks import rank_environment
+from tests.kit.ranks.struck import LOST_AT_MOST, MOMENTS, Run, Start, require_equal_ends
 from tests.kit.sets import make_set
 from tests.kit.tiny import tiny_llava
 
 KILLS = int(os.environ.get("KILLS", "8"))
-RUN = """
-output_dir: {folder}/{name}
-init_from: {folder}/llava
-deepspeed: ds_configs/zero3.json
-data: {{train: {folder}/set, cache_dir: {folder}/cache, workers: 1}}
-objective: {{dpo: {{loss: {{sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}}, bco_shift: running_mean}}}}
-optim: {{vision_tower: {{lr: 2e-4}}, projector: {{lr: 1e-3}}, language_model: {{lr: 5e-4}}}}
-train: {{global_batch_size: 6, max_steps: {steps}, max_tokens_per_micro_batch: 400, seed: 3, timeout_s: 40}}
-checkpoint: {{every_steps: 1}}
-"""
+WHILE_IT_TRAINS = ["steps", "latest", "start", "load", "saving", "any time", "evaluating", "rename", "scoring", "prune"]
+AT_ITS_END = ["exporting", "writing the export"]
+VICTIMS = ["ranks", "rank 0", "rank 1"]
+VICTIMS_WITH_LAUNCHER = ["launch.py", "deepspeed", "rank 1", "launch.py", "all", "deepspeed", "rank 0"]
+
+
+class Kill(NamedTuple):
+    """What was done, and what came of it."""
+
+    phase: str
+    victim: str
+    in_time: bool  # the phase was not over yet
+    lost: int  # steps that were made and not saved
+    seconds: float  # until no process was left
+
+
+def plan_kills() -> list[tuple[str, str, bool]]:
+    """(phase, victim, whether `deepspeed` starts it) of each kill; those at the run's end come last."""
+    num_last, victims = max(1, KILLS // 8), {False: cycle(VICTIMS), True: cycle(VICTIMS_WITH_LAUNCHER)}
+    kills = []
+    for phases, count in ((WHILE_IT_TRAINS, KILLS - num_last), (AT_ITS_END, num_last)):
+        for turn, phase in enumerate(islice(cycle(phases), count)):
+            launcher = (turn + turn // len(phases)) % 2 == 1  # in every second round of the phases
+            together = phase in ("start", "any time") and not launcher  # they may not have met yet
+            victim = "ranks" if together else next(victims[launcher])
+            kills.append((phase, victim, launcher))
+    return kills
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120 + 60 * KILLS)
+@pytest.mark.timeout(600 + 120 * KILLS)
 def test_killed_runs_end_with_equal_weights(tmp_path: Path) -> None:
-    """Both ranks, rank 0 or rank 1 get SIGKILL up to three seconds behind a start's first step, or while it starts."""
     tiny_llava(tmp_path / "llava")
     make_set(tmp_path)
-    steps, draw, killed, starts = 12 * KILLS, random.Random(7), 0, 0  # some 10 steps a start on an idle machine
-    assert Run(tmp_path, "unbroken", steps).wait() == [0, 0]
-    while killed < KILLS:
-        starts += 1
-        assert starts <= 3 * KILLS, "the run got to its end, or nowhere, before it had been killed so often"
-        run = Run(tmp_path, "killed", steps)
-        if draw.random() < 0.25:
-            time.sleep(draw.uniform(0.5, 8.0))
-            killed += run.kill((0, 1))  # one of two that have not met waits for its time-out: tests/ranks/test_ends.py
-        else:
-            run.wait_for_a_step()
-            time.sleep(draw.uniform(0.0, 3.0))
-            killed += run.kill(draw.choice([(0, 1), (0,), (1,)]))
-    codes = Run(tmp_path, "killed", steps).wait()
-    assert codes == [0, 0]
-    expected, found = (load_file(tmp_path / name / "export/model.safetensors") for name in ("unbroken", "killed"))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    print(f"{killed} kills over {starts} starts: weights equal bit by bit")
+    run, draw = Run(tmp_path, "killed"), Random(7)
+    kills = [kill(run, draw, *planned) for planned in plan_kills()]
+    Start(run, last=True).finish()
+    untouched = Run(tmp_path, "untouched", run.max_steps)
+    Start(untouched, last=True).finish()
+    show(kills)
+    require_equal_ends(run, untouched)
+    print(f"{KILLS} kills, {run.max_steps} steps: weights and losses equal bit by bit")
 
 
-class Run:
-    """One start of a run on two ranks, each in a session of its own."""
-
-    def __init__(self, folder: Path, name: str, steps: int) -> None:
-        self._log = folder / name / "log.jsonl"
-        self._rows = self._count()
-        config = folder / f"{name}.yaml"
-        config.write_text(RUN.format(folder=folder, name=name, steps=steps))
-        command, port = [sys.executable, "launch/train_dpo.py", str(config)], free_port()
-        self._output = (folder / f"{name}.out").open("a")
-        self._ranks = [
-            subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env=rank_environment(rank, 2, port),
-                stdout=self._output,
-                stderr=self._output,
-                start_new_session=True,
-            )
-            for rank in (0, 1)
-        ]
-
-    def _count(self) -> int:
-        if not self._log.is_file():
-            return 0
-        rows = self._log.read_text(errors="replace").splitlines()
-        return sum(_is_step(row) for row in rows)
-
-    def wait_for_a_step(self) -> None:
-        deadline = time.monotonic() + 120
-        while self._count() <= self._rows and time.monotonic() < deadline and self._ranks[0].poll() is None:
-            time.sleep(0.05)
-
-    def kill(self, ranks: tuple[int, ...]) -> int:
-        """SIGKILL to the ranks (not to their workers); the others must end by themselves. 1 where the run was alive."""
-        alive = all(rank.poll() is None for rank in self._ranks)
-        for rank in ranks:
-            self._ranks[rank].send_signal(signal.SIGKILL)
-        self.wait()
-        return int(alive)
-
-    def wait(self) -> list[int]:
-        """The exit codes."""
-        codes = [rank.wait(timeout=300) for rank in self._ranks]
-        self._output.close()
-        return codes
-
-
-def _is_step(row: str) -> bool:
+def kill(run: Run, draw: Random, phase: str, victim: str, launcher: bool) -> Kill:
+    last = phase in AT_ITS_END
+    if phase == "scoring":
+        shutil.rmtree(run.cache / "ref")
+    if last and run.status().get("status") == "done":
+        shutil.rmtree(run.path / "export")  # it was finished in spite of a kill, and is made again
+    start = Start(run, MOMENTS[phase], launcher=launcher, last=last)
     try:
-        return "event" not in json.loads(row)
-    except ValueError:  # half-written
-        return False
+        in_time = start.strike_in_moment(draw, victim, signal.SIGKILL)
+        seconds = start.wait_for_end()
+    finally:
+        start.clear_away()
+    start.require_went_on(LOST_AT_MOST)
+    check_end(start, victim)
+    done = Kill(phase, victim, in_time, run.logged_step() - run.saved_step(), seconds)
+    print(f"saved {run.saved_step()}", *done, flush=True)
+    return done
+
+
+def check_end(start: Start, victim: str) -> None:
+    """What it leaves: whole checkpoints, none fewer, and a status that says what happened."""
+    run, status = start.run, start.run.status()
+    assert run.damaged() == []
+    assert run.saved_step() >= start.saved and run.logged_step() - run.saved_step() <= LOST_AT_MOST
+    if not start.says("start ") or status["status"] == "done":  # it was not the run's yet, or all was done
+        return
+    expected = {"ranks": "running", "all": "running", "deepspeed": "preempted", "launch.py": "preempted"}
+    assert status["status"] == expected.get(victim, "failed"), (status, start.output())
+    if status["status"] == "preempted":
+        assert status["step"] == run.saved_step() and "its launcher, process" in status["reason"]
+    if status["status"] == "failed":
+        assert status["reason"].startswith("another rank died and left no reason"), status
+
+
+def show(kills: list[Kill]) -> None:
+    """How often whom in which phase, and the worst of each phase."""
+    victims = sorted({kill.victim for kill in kills})
+    print("\n" + "phase".ljust(20), *(f"{victim:>9}" for victim in victims), "  in time  lost steps  nobody left after")
+    for phase in [*WHILE_IT_TRAINS, *AT_ITS_END]:
+        found = [kill for kill in kills if kill.phase == phase]
+        counts = [sum(kill.victim == victim for kill in found) for victim in victims]
+        if found:
+            print(
+                phase.ljust(20),
+                *(f"{count or '':>9}" for count in counts),
+                f"{sum(kill.in_time for kill in found):>5}/{len(found):<3}",
+                f"{max(kill.lost for kill in found):>11}",
+                f"{max(kill.seconds for kill in found):>15.1f} s",
+            )

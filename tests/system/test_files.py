@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pivot.system.files import read_json_lines, write_atomically
+from pivot.system.files import UNFINISHED, filling, read_json_lines, write_atomically
 
 
 @pytest.mark.parametrize("step", ["fsync", "rename"])
@@ -23,6 +23,57 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert [file.name for file in path.parent.iterdir()] == ["a.json"] and path.read_text() == "old"
     write_atomically(path, b"new")
     assert path.read_text() == "new"
+
+
+NAMES = ["config.json", "tower/config.json", "tower/weights", "weights"]
+
+
+class Killed(BaseException):
+    """Nothing behind it runs, as behind a SIGKILL."""
+
+
+def fill(folder, text):
+    with filling(folder, last=("config.json", "parts.json")) as part:
+        (part / "tower").mkdir()
+        for name in NAMES:
+            (part / name).write_text(text)
+
+
+def read_all(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("moved", range(len(NAMES)))
+def test_a_folder_that_is_half_written_is_known_by_nothing(tmp_path, monkeypatch, moved):
+    """Killed before each of the four files moves: no config.json where the folder is not whole, and `own` stays."""
+    folder, left, replace = tmp_path / "model", [None] * moved, os.replace
+    fill(folder, "old")
+    (folder / "own").write_text("own")
+    (folder / "parts.json").write_text("of another form")
+
+    def stop(source, target):
+        if not left:
+            raise Killed
+        left.pop()
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", stop)
+        with pytest.raises(Killed):
+            fill(folder, "new")
+    assert not {"config.json", "parts.json"} & {path.name for path in folder.iterdir()}
+    assert (folder / UNFINISHED).is_dir()
+    fill(folder, "new")
+    assert read_all(folder) == dict.fromkeys(NAMES, "new") | {"own": "own"}
+    assert not (folder / UNFINISHED).exists()
+
+
+def test_a_failure_leaves_the_folder_as_it_was(tmp_path):
+    fill(tmp_path / "model", "old")
+    with pytest.raises(OSError, match="full"), filling(tmp_path / "model", last=()) as part:
+        (part / "weights").write_text("ne")
+        raise OSError("full")
+    assert read_all(tmp_path / "model") == dict.fromkeys(NAMES, "old")
 
 
 def test_a_line_counts_when_it_is_an_object(tmp_path):

@@ -121,9 +121,91 @@ def test_a_rank_sees_that_its_launcher_is_gone(tmp_path: Path, name: str, killed
     assert watch([*relay, *relay, sys.executable, "-c", RANK], killed).startswith("its launcher, process ")
 
 
+IMPORTING = """
+import os, time
+from pivot.system import preemption
+preemption.MEET_WITHIN_S = 1.0
+with preemption.listening():
+    print(os.getpid(), flush=True)
+    began = time.monotonic()
+    while time.monotonic() < began + 4.0:
+        time.sleep(0.1)
+    print(preemption.reason())
+"""
+UNMET = "stopped by {} before the ranks met: nothing was there to save\n"
+
+
+@pytest.mark.parametrize(("struck", "number"), [("launcher", signal.SIGKILL), ("rank", signal.SIGTERM)])
+def test_a_rank_that_has_met_nobody_leaves_alone(tmp_path: Path, struck: str, number: signal.Signals) -> None:
+    """While it is importing, say; where others are on other machines it would leave them waiting, and stays."""
+    (tmp_path / "torchrun").write_text(RELAY)
+    command = [sys.executable, str(tmp_path / "torchrun"), sys.executable, "-c", IMPORTING]
+    for size in ("2", "4"):
+        environment = os.environ | {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(REPOSITORY)}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        assert process.stdout is not None
+        launcher, rank = (int(process.stdout.readline()) for _ in range(2))
+        os.kill({"launcher": launcher, "rank": rank}[struck], number)
+        said, reason = process.stdout.read(), {"launcher": f"its launcher, process {launcher}, is gone"}.get(struck)
+        assert said == (UNMET.format(reason or "a signal") if size == "2" else f"{reason or 'SIGTERM'}\n")
+        assert process.wait() == (-number if struck == "launcher" else 75 if size == "2" else 0)
+
+
 def test_a_process_that_a_shell_started_outlives_it() -> None:
     relay = [sys.executable, "-c", RELAY]
     assert watch([*relay, *relay, sys.executable, "-c", RANK.replace("300", "30")], 1) == "None"
+
+
+ORPHANED = """
+import os, time
+parent = os.getppid()
+print("waits", flush=True)
+while os.getppid() == parent:
+    time.sleep(0.05)
+"""
+
+
+LAUNCH = """
+import os, subprocess, sys
+print(os.getpid(), flush=True)
+{waits}
+sys.exit(subprocess.run(sys.argv[2:]).returncode)
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed", "variable", "option", "said"),
+    [
+        (0, "CROSS_RANK", "--master_addr=here", "its launcher is gone"),
+        (0, "CROSS_RANK", "--node_rank=0", "None"),  # where ssh may have started launch.py, and be gone by right
+        (1, "CROSS_RANK", "--master_addr=here", "its launcher is gone"),
+        (1, "TORCHELASTIC_RUN_ID", "--master_addr=here", "its launcher is gone"),
+        (1, "OF_NOBODY", "--master_addr=here", "None"),  # a shell started it, and its user has gone home
+    ],
+)
+def test_a_launcher_that_was_gone_before_its_rank_looked(
+    tmp_path: Path, killed: int, variable: str, option: str, said: str
+) -> None:
+    """DeepSpeed's command, killed while launch.py is importing, or launch.py, killed while its rank is."""
+    package = tmp_path / "deepspeed" / "launcher"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()  # else the real one goes first
+    (package / "runner.py").write_text(RELAY)
+    (package / "launch.py").write_text(LAUNCH.format(waits="" if killed else ORPHANED))
+    start = [sys.executable, "-m"]
+    command = [*start, "deepspeed.launcher.runner", *start, "deepspeed.launcher.launch", option]
+    command += [sys.executable, "-c", (ORPHANED if killed else "") + RANK.replace("300", "30")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", variable: "0"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert process.stdout is not None
+    launchers = [int(process.stdout.readline()) for _ in range(2)]
+    assert process.stdout.readline() == "waits\n"
+    os.kill(launchers[killed], signal.SIGKILL)
+    assert process.stdout.read().split("\n")[:2] == ["ready", said]
+    process.wait()
 
 
 def watch(command: list[str], killed: int) -> str:
