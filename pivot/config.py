@@ -243,6 +243,14 @@ class CheckpointConfig:
 
     every_steps: int = key(100, "optimizer steps from one checkpoint to the next; 0: only the one at the end", low=0)
     keep: int = key(2, "newest checkpoints kept; of one alone, it may be the one being written", low=2)
+    keep_every_steps: int | None = key(
+        None, "checkpoints kept for ever: of steps that are multiples of this, itself a multiple of every_steps", low=1
+    )
+    asynchronous: bool = key(
+        False,
+        "true: training waits for a copy in the machine's memory, not for the disk; the files are the same to the bit. "
+        "Off, because a crash while they are written costs those steps, too, and a stop then waits for two saves",
+    )
     resume: str = key(
         "auto",
         "auto: go on where output_dir has a run; required: it must have one; none: output_dir must be empty",

@@ -91,6 +91,12 @@ def _check_contradictions(config: Config) -> None:
     for component in ("vision_tower", "language_model"):
         if component not in taken and getattr(config.model, component).path is None:
             raise ConfigError(f"model.{component}.path: absent; give it, or an init_from folder that holds the part")
+    every, for_ever = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    if for_ever is not None and (every == 0 or for_ever % every):
+        raise ConfigError(
+            f"checkpoint.keep_every_steps: found {for_ever}, expected a multiple of checkpoint.every_steps ({every}); "
+            "at other steps there is no checkpoint to keep"
+        )
     if config.objective.dpo is not None:
         _check_loss(config.objective.dpo)
     compare = config.log.compare

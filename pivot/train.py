@@ -146,7 +146,7 @@ class Trainer:
         limits = (config.train.max_skipped_steps, config.log.spike_factor)
         self.guard = StepGuard(folder.path, inputs.data.shards, self.objective, self.log, world, *limits)
         self.tracer = Tracer(folder.path / "profile", config.log.profile_steps, world, self.say)
-        self.save_asked = False
+        self.save_asked, self.all_written = False, True
         self.waited_s = 0.0  # of the loader's data_wait_s, what is in the log
 
     def _build_model(self, sources: WeightSources) -> MLLM:
@@ -190,8 +190,11 @@ class Trainer:
         except Preempted:
             self.tracer.stop()
             if self.progress.step > self.saved_step:
-                self._save()
+                self._save(at_once=True)
+            self.state.publish(self.progress, self.log)
             raise
+        finally:
+            self.state.abandon()  # behind an error; else all is published
         self._log_end()
         self.log.close()
         return self.progress.step
@@ -200,7 +203,7 @@ class Trainer:
         progress, total = self.progress, self.inputs.total_steps
         with distributed.shared_failure(f"looking for room in {self.folder.checkpoints}"):
             if self.world.is_main:
-                self.state.require_space(total - progress.step)
+                self.state.require_space(progress.step, total)
         timer = Timer(self._log_start())
         tolerance = self._margin_tolerance() if progress.step == 0 else None
         if progress.step < total and self._evaluates(progress.step):
@@ -214,20 +217,23 @@ class Trainer:
             if progress.step % self.config.log.every_steps == 0 or progress.step == total:
                 epoch = progress.step / self.inputs.plan.steps_per_epoch
                 self.log.step(progress.step, metrics | timer.read() | {"epoch": epoch})
+            if self.all_written:
+                self.state.publish(self.progress, self.log)
             self.guard.check(progress.step, metrics, progress.recent)
             every = self.config.checkpoint.every_steps
             if self.save_asked or progress.step == total or (every and progress.step % every == 0):
-                self._save()
+                self._save(at_once=self.save_asked or progress.step == total or self._evaluates(progress.step))
             if progress.step < total and self._evaluates(progress.step):
                 self._evaluate()
                 timer.read()  # the rates are those of training
             watchdog.take_busy_s()  # rank 0 alone writes: what slows down steps is what counts
         self.tracer.stop()
+        self.state.publish(self.progress, self.log)
 
-    def _save(self) -> None:
+    def _save(self, *, at_once: bool) -> None:
         watchdog.enter(f"in the save behind step {self.progress.step}")
         self.clock.read()
-        self.state.save(self.progress)
+        self.state.save(self.progress, self.log, at_once=at_once)
         self.saved_step = self.progress.step
         if self.save_asked and self.world.is_main:
             self.folder.status.forget_save()
@@ -272,13 +278,13 @@ class Trainer:
         sums.add({"wait_s": loader.data_wait_s - self.waited_s, "peak_memory_gib": peak_memory_gib(device)})
         self.waited_s = loader.data_wait_s
         sums.add({"masked": loader.num_masked - num_masked})
-        sums.add({"save": self.world.is_main and self.folder.status.asks_to_save()})
+        sums.add({"save": self.world.is_main and self.folder.status.asks_to_save(), "writing": self.state.is_writing})
         sums.add({"busy_s": watchdog.take_busy_s()})
         learned, told = sums.reduce()
         for row in self.stragglers.add(sums.of_each_rank("busy_s")):
             self.log.event("straggler", step=self.progress.step + 1, **row)
             self.say(f"straggler  {describe(row)}")
-        self.save_asked = told["save"] > 0
+        self.save_asked, self.all_written = told["save"] > 0, told["writing"] == 0
         self._count_work(step_plan, told, timer)
         metrics = learned | {"masked": told["masked"]} | updated
         if not metrics["skipped_steps"]:
@@ -324,6 +330,7 @@ class Trainer:
         step = self.progress.step
         if self.inputs.held_out is None or distributed.broadcast(self.log.has_evaluation(step)):
             return
+        self.state.publish(self.progress, self.log)
         distributed.check_preemption()
         watchdog.enter(f"in the evaluation behind step {step}")
         evaluation = evaluator.evaluate(

@@ -97,6 +97,7 @@ def test_defaults_are_those_of_the_documentation(run: Path) -> None:
     assert (config.optim.schedule, config.optim.warmup_ratio, config.optim.max_grad_norm) == ("cosine", 0.03, 1.0)
     assert config.objective.dpo is not None and config.objective.dpo.beta == 0.1
     assert (config.checkpoint.every_steps, config.checkpoint.keep, config.checkpoint.resume) == (100, 2, "auto")
+    assert (config.checkpoint.asynchronous, config.checkpoint.keep_every_steps) == (False, None)
     assert config.deepspeed == "ds_configs/zero2.json"
     assert config.optim.projector.weight_decay == 0.0
 
@@ -193,6 +194,7 @@ def test_resolved_settings_load_back_equal(run: Path, tmp_path: Path) -> None:
         ("log.compare={name: x, flops: .inf}", "log.compare.flops: found inf"),
         ("optim.schedule=cosin", "optim.schedule: found 'cosin', expected one of cosine, linear, constant"),
         ("checkpoint.keep=1", "checkpoint.keep: found 1"),
+        ("checkpoint.keep_every_steps=150", "keep_every_steps: found 150, expected a multiple of .*every_steps .100.;"),
         ("train.num_epochs=3", "exactly one of max_steps and num_epochs"),
         ("objective.sft={}", "both sft and dpo are given"),
         ("objective.dpo.loss={sigmoid: -1}", "objective.dpo.loss.sigmoid: found -1"),

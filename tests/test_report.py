@@ -71,6 +71,7 @@ def test_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert "nan" not in " ".join(attributes.get("points") or "" for _, attributes in page.tags)
     for expected in ("Preference accuracy", "Answer accuracy", "Gradient norm", "12 chosen equals rejected"):
         assert expected in text
+    assert "2 checkpoints, training waited 3 s; the longest write took 9.5 s" in text
     assert "What colour? 3" in text and "global_batch_size: 64" in text and "torch version" in text
 
 
@@ -151,6 +152,7 @@ FOREIGN += ['{"step": 3, "loss": 1e999}', f'{{"step": 3, "loss": {"9" * 400}}}',
 FOREIGN += ['{"step": -1}', '{"step": 3, "perf/pairs_per_s": {}}', '{"event": ["x"]}', '{"event": "stop", "step": 1}']
 FOREIGN += ['{"event": "eval", "step": "a"}', '{"event": "eval", "step": 1, "intervals": {"a": [1, 2]}}']
 FOREIGN += ['{"event": "start", "num_parameters": [1]}', '{"event": "start", "exclusions": {"a": "b"}}']
+FOREIGN += ['{"event": "save", "step": 1}', '{"event": "save", "step": 1, "wait_s": "a", "write_s": 1}']
 FOREIGN += ['{"event": "end", "flops": 1}', '{"event": "end", "pairs": 1, "tokens": 1, "flops": 1, "compare": [1]}']
 FOREIGN += ['{"event": "spike", "step": 9, "loss": "x"}', '{"event": "skipped", "step": 9, "reason": "<b>"}']
 FOREIGN += ['{"step": 120, "row": {}}', '{"step": 120, "question": 1, "answer": "", "generated": "", "right": 1}']

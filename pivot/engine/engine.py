@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pivot.config import COMPONENTS, OptimConfig
-from pivot.engine.files import inert_loading, unknown_classes
+from pivot.engine.files import Write, handed_to, inert_loading, unknown_classes
 from pivot.engine.reshape import load_reshaped
 from pivot.engine.settings import MASTER_BYTES, MOMENT_BYTES, compiling, gathered, require_settings, skip_compiling
 from pivot.metrics import ComponentMeter
@@ -119,9 +119,10 @@ class Engine:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's share of weights and optimizer state below folder/tag; publishing it is the caller's."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, client_state={})
+    def save(self, folder: Path, tag: str, write: Write) -> None:
+        """Hand this rank's files of weights and optimizer state, below folder/tag, to `write`. Collective."""
+        with handed_to(write, self._engine):
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, client_state={})
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore what `save` wrote; RuntimeError when DeepSpeed finds nothing (it only warns), ValueError when a file
@@ -192,16 +193,18 @@ class Engine:
             room = WHOLE_WEIGHTS_SHARE * torch.cuda.mem_get_info(self.world.device)[0]
         return not any_rank(size > room, self.world.device)
 
-    def checkpoint_bytes(self) -> int:
-        """About what `save` writes over all ranks: weights, fp32 masters of the trained ones, and their moments."""
+    def checkpoint_bytes(self) -> tuple[int, int]:
+        """About what `save` hands over: of rank 0 alone, and of all ranks together, each its share."""
         master = MASTER_BYTES if self.stage > 0 else 0
-        size = 0
+        weights = states = 0
         for parameter in self.model.parameters():
-            trained = (master + MOMENT_BYTES[self._optim.name]) * parameter.requires_grad
+            size = getattr(parameter, "ds_numel", parameter.numel())
             is_master_alone = self.stage == 3 and parameter.requires_grad
-            kept = 0 if is_master_alone else parameter.element_size()
-            size += getattr(parameter, "ds_numel", parameter.numel()) * (kept + trained)
-        return size
+            weights += size * parameter.element_size() * (not is_master_alone)
+            states += size * (master + MOMENT_BYTES[self._optim.name]) * parameter.requires_grad
+        if self.stage == 0:
+            return weights + states, 0
+        return (0, weights + states) if self.stage == 3 else (weights, states)
 
     # -- facts ---------------------------------------------------------------------------------------------------
 

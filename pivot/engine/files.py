@@ -1,4 +1,4 @@
-"""Parameters by name out of a checkpoint's shards, whatever ZeRO stage and number of ranks wrote them.
+"""DeepSpeed's files: where they go, and parameters by name out of those that any ZeRO stage and number of ranks wrote.
 
 DeepSpeed writes, per rank, one flat piece of each parameter group's fp32 master and of each of its moments:
 
@@ -17,18 +17,41 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 _OF_DEEPSPEED = [LossScaler, ZeroStageEnum, fragment_address]  # its classes there, plain data all of them
+Write = Callable[[Any, Path], None]  # takes what a file shall hold, and its path
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+class _HandingOver(TorchCheckpointEngine):
+    """What DeepSpeed writes its files through: each goes to `write` instead of to torch.save."""
+
+    def __init__(self, write: Write) -> None:
+        super().__init__()
+        self._write = write
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._write(state_dict, Path(path))
+
+
+@contextlib.contextmanager
+def handed_to(write: Write, engine: Any) -> Iterator[None]:
+    """Inside, the files of DeepSpeed's `engine` go to `write`; what they hold changes in the next step."""
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, _HandingOver(write)
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = usual
 
 
 @contextlib.contextmanager

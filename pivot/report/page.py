@@ -342,6 +342,7 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         ("precision", str(start.get("dtype", "?")).removeprefix("torch.")),
         ("memory", f"{perf['perf/peak_memory_gib']:.1f} GiB a rank" if perf.get("perf/peak_memory_gib") else "-"),
         ("useful share of the matrix rate", f"{100 * perf['perf/mfu']:.1f} %" if perf.get("perf/mfu") else "-"),
+        ("saving", _describe_saving(run)),
         ("spent", describe_spent(run.end, run.objective.unit_name) if "flops" in run.end else "-"),
         *([("lines passed over", f"{others}: not what a run writes, or cut short")] if others else []),
         ("seed", str(config.train.seed)),
@@ -349,6 +350,15 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         *((f"{name} version", str(version)) for name, version in start.get("versions", {}).items()),
     ]
     return [(name, redact(value)) for name, value in facts]
+
+
+def _describe_saving(run: ReportedRun) -> str:
+    if not run.saves:
+        return "-"
+    waited, longest = sum(row["wait_s"] for row in run.saves), max(row["write_s"] for row in run.saves)
+    return (
+        f"{len(run.saves):,} checkpoints, training waited {_duration(waited)}; the longest write took {longest:.1f} s"
+    )
 
 
 def _percent(share: float) -> str:

@@ -21,6 +21,7 @@ class ReportedRun:
     start: LogRow  # the log's newest "start" row
     end: LogRow  # its "end" row, {} as long as there is none
     steps: list[LogRow]  # in order, the newest of each step
+    saves: list[LogRow]
     evaluations: list[LogRow]
     skipped: list[LogRow]  # steps whose loss or gradient was not finite: see pivot/run/guard.py
     spikes: list[LogRow]  # losses far above those before them
@@ -84,6 +85,7 @@ def read_run(folder: str | Path) -> ReportedRun:
         start=next((row for row in reversed(rows) if row.get("event") == "start"), {}),
         end=next((row for row in reversed(rows) if row.get("event") == "end"), {}),
         steps=_newest(row for row in rows if "event" not in row),
+        saves=_newest(row for row in rows if row.get("event") == "save"),
         evaluations=_newest(row for row in rows if row.get("event") == "eval"),
         skipped=_newest(row for row in rows if row.get("event") == "skipped"),
         spikes=_newest(row for row in rows if row.get("event") == "spike"),

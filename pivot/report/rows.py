@@ -56,6 +56,11 @@ def _is_start(row: LogRow) -> bool:
     )
 
 
+def _is_save(row: LogRow) -> bool:
+    plain = {name: value for name, value in row.items() if name != "copied"}
+    return "step" in row and _is_numbers(plain) and all(map(_is_known, (row.get("wait_s"), row.get("write_s"))))
+
+
 def _is_evaluation(row: LogRow) -> bool:
     intervals, others = row.get("intervals", {}), {k: v for k, v in row.items() if k not in ("intervals", "skipped")}
     return (
@@ -89,6 +94,7 @@ def _is_straggler(row: LogRow) -> bool:
 
 CHECKS = {
     "start": _is_start,
+    "save": _is_save,
     "eval": _is_evaluation,
     "end": _is_end,
     "skipped": _is_skipped,

@@ -5,8 +5,9 @@
     checkpoints/latest           the newest one's name, moved after it was published
 
 DeepSpeed publishes its own `latest` before all ranks have written, and loads damaged or foreign shards without a
-word, running what is pickled in them; none of it is used. Order of a save: write into step-N.tmp, hash, manifest,
-fsync, rename, latest, prune. A step-N.tmp is never read and may go at any time.
+word, running what is pickled in them; none of it is used. Order of a save: write, flush and hash into step-N.tmp, each
+rank its own files and maybe in the background (writing.py); once all ranks have: manifest, rename, latest, prune. A
+step-N.tmp is never read and may go at any time.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
-from pivot.system import distributed, fault
+from pivot.run.writing import Writer
+from pivot.system import distributed
 from pivot.system.distributed import World
 from pivot.system.files import read_object, write_atomically
 from pivot.system.redact import tell
@@ -38,9 +39,9 @@ VISIBLE_WITHIN_S = 60.0  # a shared file system may show a rename late
 
 
 class Shards(Protocol):
-    """The engine's side: this rank's share of weights and optimizer state below folder/tag."""
+    """The engine's side: this rank's share of weights and optimizer state below folder/tag; `write` writes a file."""
 
-    def save(self, folder: Path, tag: str) -> None: ...
+    def save(self, folder: Path, tag: str, write: Callable[[Any, Path], None]) -> None: ...
     def load(self, folder: Path, tag: str) -> None: ...
     def load_reshaped(self, folder: Path) -> None: ...
     def unknown_classes(self, path: Path) -> list[str]: ...
@@ -63,7 +64,16 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 # -- save ----------------------------------------------------------------------------------------------------------
 
 
-def save(
+@dataclass(frozen=True)
+class Unpublished:
+    """A checkpoint on its way to the disk: `writer` has this rank's files, and nothing reads them before `publish`."""
+
+    final: Path
+    manifest: dict[str, Any]  # all but its files
+    writer: Writer
+
+
+def begin(
     engine: Shards,
     checkpoints: Path,
     step: int,
@@ -72,15 +82,15 @@ def save(
     state: dict[str, Any],
     facts: dict[str, Any],
     size_bytes: int,
-    keep: int,
-    say: Callable[[str], None],
+    in_background: bool = False,
     last_words: Callable[[BaseException], None] = lambda error: None,
-) -> Path:
-    """Write and publish the checkpoint of `step`; collective. `state` comes back from `load`, the same on all ranks.
+) -> Unpublished:
+    """Write the checkpoint of `step`, or copy it and begin to write, `in_background`. Collective; `publish` follows.
 
-    `facts` go into the manifest (the run, world size, ZeRO stage, fingerprints). What was published before stays as it
-    is. A rank that fails says so, to `last_words` first, and ends the process: the others wait inside DeepSpeed's
-    barriers, where only the launcher can reach them. OSError (ENOSPC) when the disk is too small.
+    `state` comes back from `load`, the same on all ranks. `facts` go into the manifest (the run, world size, ZeRO
+    stage, fingerprints). OSError (ENOSPC) when the disk is too small; what a rank cannot write `publish` raises. A rank
+    that fails otherwise says so, to `last_words` first, and ends the process: the others wait inside DeepSpeed's
+    barriers, where only the launcher can reach them.
     """
     final = distributed.broadcast(step_folder(checkpoints, step))
     partial = final.with_name(final.name + ".tmp")
@@ -90,27 +100,59 @@ def save(
             if os.path.lexists(partial):
                 _remove(partial)
             partial.mkdir(parents=True)
+    writer = Writer(partial, in_background=in_background)
     try:
-        fault.fill_disk(partial)
-        engine.save(checkpoints, partial.name)
-        torch.save(distributed.rng_state(), partial / f"rank-{world.rank:05d}.pt")
-        if world.is_main:
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
+        engine.save(checkpoints, partial.name, writer.write)
     except BaseException as error:
         last_words(error)
-        free = shutil.disk_usage(checkpoints).free / 2**30
         tell(traceback.format_exc(), to=sys.stderr)
-        tell(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", to=sys.stderr)
+        _tell_unwritten(partial, world)
         os._exit(1)
-    dist.barrier()
-    files = _hash_shared(partial, world)
+    writer.write(distributed.rng_state(), partial / f"rank-{world.rank:05d}.pt")
+    if world.is_main:
+        writer.write(json.dumps(state, indent=1).encode(), partial / "state.json")
+    writer.start()
+    return Unpublished(final, {"format": FORMAT, "step": step, **facts}, writer)
+
+
+def publish(
+    saved: Unpublished, world: World, *, keep: int, keep_every_steps: int | None = None, say: Callable[[str], None]
+) -> float:
+    """Commit a checkpoint once all ranks have written it; the seconds that the slowest of them wrote. Collective.
+
+    What was published before stays as it is where a rank could not write: its error is raised, FailedElsewhere on the
+    others.
+    """
+    final, partial = saved.final, saved.writer.folder
+    with distributed.shared_failure(f"writing {partial}"):
+        try:
+            saved.writer.wait()
+        except Exception:
+            _tell_unwritten(partial, world)
+            raise
+    files, seconds = _gather_files(saved.writer)
     with distributed.shared_failure(f"publishing {final}"):
         if world.is_main:
-            manifest = {"format": FORMAT, "step": step, **facts, "files": files}
-            _publish(partial, final, manifest)
-            _prune(checkpoints, keep, say)
+            others = {str(path.relative_to(partial)): path for path in partial.rglob("*") if path.is_file()}
+            files |= {name: _describe(path, sync=True) for name, path in others.items() if name not in files}
+            _publish(partial, final, saved.manifest | {"files": dict(sorted(files.items()))})
+            _prune(final.parent, keep, say, keep_every_steps)
     _wait_for(final)
-    return final
+    return seconds
+
+
+def _tell_unwritten(partial: Path, world: World) -> None:
+    free = shutil.disk_usage(partial.parent).free / 2**30
+    tell(f"error: rank {world.rank} could not write {partial} ({free:.2f} GiB free there)", to=sys.stderr)
+
+
+def _gather_files(writer: Writer) -> tuple[dict[str, dict[str, Any]], float]:
+    """Size and sha256 of the files that the ranks wrote, and the seconds of the slowest."""
+    files: dict[str, dict[str, Any]] = {}
+    told = distributed.gather((writer.files, writer.write_s))
+    for own, _ in told:
+        files |= own
+    return files, max(seconds for _, seconds in told)
 
 
 def require_space(folder: Path, size_bytes: int, number: int = 1) -> None:
@@ -121,20 +163,6 @@ def require_space(folder: Path, size_bytes: int, number: int = 1) -> None:
         what = "a checkpoint takes" if number == 1 else f"{number} checkpoints, the most at a time, take"
         needs = f"{what} {number * size_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free, nothing was deleted"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})", str(folder))
-
-
-def _hash_shared(folder: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file, the work split over the ranks; each file is on the disk when this returns."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = distributed.broadcast(names)
-    own: dict[str, dict[str, Any]] = {}
-    with distributed.shared_failure(f"hashing {folder}"):
-        for name in names[world.rank :: world.size]:
-            own[name] = _describe(folder / name, sync=True)
-    merged: dict[str, dict[str, Any]] = {}
-    for part in distributed.gather(own):
-        merged |= part
-    return dict(sorted(merged.items()))
 
 
 def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
@@ -153,9 +181,18 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomically(final.parent / "latest", final.name + "\n")
 
 
-def _prune(checkpoints: Path, keep: int, say: Callable[[str], None]) -> None:
-    """Remove the oldest. Each is renamed first: one that a kill leaves half-removed is not taken for a checkpoint."""
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _prune(checkpoints: Path, keep: int, say: Callable[[str], None], keep_every_steps: int | None = None) -> None:
+    """Remove all but the newest `keep` and those of each `keep_every_steps`-th step.
+
+    Each is renamed first: one that a kill leaves half-removed is not taken for a checkpoint.
+    """
     for folder in published(checkpoints)[:-keep]:
+        if keep_every_steps is not None and step_of(folder) % keep_every_steps == 0:
+            continue
         try:
             if folder.is_symlink():
                 folder.unlink()  # what lies elsewhere is not ours to remove

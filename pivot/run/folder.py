@@ -21,7 +21,7 @@ from typing import Any
 from pivot.config import KEYS, Config, ConfigError, flatten
 from pivot.config_load import load_saved, to_yaml
 from pivot.models.parts import is_model
-from pivot.run.checkpoint import MANIFEST, VISIBLE_WITHIN_S, published, sweep
+from pivot.run.checkpoint import MANIFEST, VISIBLE_WITHIN_S, published, step_of, sweep
 from pivot.run.status import DONE, RUNNING, RunStatus, is_status, last_sign
 from pivot.system.files import read_object, write_atomically, write_json
 from pivot.system.lock import FileLock, Held
@@ -144,7 +144,7 @@ class RunFolder:
     def newest_step(self) -> int:
         """The step of the newest checkpoint that is published; 0 where there is none."""
         folders = published(self.checkpoints)
-        return int(folders[-1].name.removeprefix("step-")) if folders else 0
+        return step_of(folders[-1]) if folders else 0
 
     def _find_saved(self, known: dict[str, Any], status: dict[str, Any]) -> str:
         """What says that the run has saved a checkpoint; "" where nothing does."""

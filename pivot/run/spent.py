@@ -21,6 +21,7 @@ class Spent:
     pairs: int = 0  # SFT: samples
     tokens: int = 0  # of the rows, image tokens among them
     flops: float = 0.0  # useful ones: see flops.py
+    save_s: float = 0.0  # of the wall clock, that training waited for its checkpoints
 
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
@@ -68,7 +69,8 @@ def describe_spent(row: dict[str, Any], kind: str) -> str:
     """The log's `end` row in one line; `kind`: pairs or samples."""
     hours = [f"{row[name]:.3g} {label}" for name, label in _HOURS.items() if row.get(name)]
     amounts = [f"{_short(row['pairs'])} {kind}", f"{_short(row['tokens'])} tokens", f"{row['flops']:.3g} useful FLOP"]
-    line = ", ".join([*hours, *amounts])
+    saving = [f"{row['save_s']:.3g} s of waiting for checkpoints"] if row.get("save_s") else []
+    line = ", ".join([*hours, *amounts, *saving])
     compared = row.get("compare") or {}
     parts = [f"{_part(compared[name])} of its {label}" for name, label in _COMPARED.items() if name in compared]
     return f"{line}; beside {compared['name']}: {', '.join(parts)}" if parts else line

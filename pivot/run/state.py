@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,10 +14,15 @@ from pivot.data.plan import Plan
 from pivot.engine import Engine
 from pivot.objectives import Objective
 from pivot.run import checkpoint
+from pivot.run.checkpoint import Unpublished
 from pivot.run.folder import RunFolder, require_own_checkpoint, settings_digests
 from pivot.run.guard import Recent
+from pivot.run.log import RunLog
 from pivot.run.spent import Spent
+from pivot.system import distributed, host_memory
 from pivot.system.distributed import World
+
+ROOM_FOR_COPIES = 0.8  # of the memory that is free; the rest is for what else grows while they are there
 
 
 @dataclass
@@ -44,6 +50,8 @@ class RunState:
     ) -> None:
         self._config, self._folder, self._world, self._say = config, folder, world, say
         self._engine, self._plan, self._objective = engine, plan, objective
+        self._saving: Unpublished | None = None  # at most one is on its way
+        self._wait_s = 0.0  # that training waited for it so far
 
     def restore(self, progress: Progress) -> None:
         """Go on from this run's own newest checkpoint, else from the start; said either way. Collective.
@@ -83,18 +91,23 @@ class RunState:
         """What DeepSpeed's shards are cut by."""
         return {"world_size": self._world.size, "zero_stage": self._engine.stage, "dtype": str(self._engine.dtype)}
 
-    def save(self, progress: Progress) -> None:
-        """Commit a checkpoint of `progress`. Collective.
+    def save(self, progress: Progress, log: RunLog, *, at_once: bool) -> None:
+        """Save `progress`, behind the checkpoint that may be on its way. Collective.
 
-        RuntimeError where the state is not finite: no run comes back from that, so every checkpoint stays.
+        `at_once` it is there when this returns; else it may be on its way then, and `publish` commits it. RuntimeError
+        where the state is not finite: no run comes back from that, so every checkpoint stays.
         """
+        self.publish(progress, log)
+        started = time.monotonic()
         if not self._engine.is_finite():
             raise RuntimeError(
                 f"after step {progress.step} the weights or the optimizer's moments are not finite, so nothing was "
                 f"saved and {self._folder.checkpoints} stays as it was; lower the learning rates, or set "
                 "optim.max_grad_norm above 0, in a new output_dir"
             )
-        path = checkpoint.save(
+        in_background = self._config.checkpoint.asynchronous and not at_once
+        in_background = in_background and self._has_room_for_copies(progress.step)
+        self._saving = checkpoint.begin(
             self._engine,
             self._folder.checkpoints,
             progress.step,
@@ -112,18 +125,69 @@ class RunState:
                 "plan_fingerprint": self._plan.fingerprint,
                 "pivot": pivot.__version__,
             },
-            size_bytes=self._engine.checkpoint_bytes(),
-            keep=self._config.checkpoint.keep,
-            say=self._say,
+            size_bytes=sum(self._engine.checkpoint_bytes()),
+            in_background=in_background,
             last_words=lambda error: self._folder.status.fail(self._world.rank, error),
         )
-        if self._world.is_main:
-            self._folder.note_saved(progress.step)
-        self._say(f"saved      {path}")
+        self._wait_s = time.monotonic() - started
+        if not in_background:
+            self.publish(progress, log)
 
-    def require_space(self, steps_left: int) -> None:
-        """Room for the checkpoints to come, now rather than in hours: one more than is kept lies there at a time."""
-        section = self._config.checkpoint
-        to_come = math.ceil(steps_left / section.every_steps) if section.every_steps else min(steps_left, 1)
-        number = min(to_come, section.keep + 1 - len(checkpoint.published(self._folder.checkpoints)))
-        checkpoint.require_space(self._folder.checkpoints, self._engine.checkpoint_bytes(), max(number, 0))
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's files of the checkpoint on its way are not all on the disk."""
+        return self._saving is not None and not self._saving.writer.is_done
+
+    def publish(self, progress: Progress, log: RunLog) -> None:
+        """Commit the checkpoint that is on its way, if one is, waiting for its files where it must. Collective.
+
+        An error of the disk, on whichever rank, is raised on all, and every checkpoint stays.
+        """
+        if self._saving is None:
+            return
+        started = time.monotonic()
+        saving, self._saving = self._saving, None
+        section, step = self._config.checkpoint, saving.manifest["step"]
+        write_s = checkpoint.publish(
+            saving, self._world, keep=section.keep, keep_every_steps=section.keep_every_steps, say=self._say
+        )
+        if self._world.is_main:
+            self._folder.note_saved(step)
+        self._say(f"saved      {saving.final}")
+        wait_s = self._wait_s + time.monotonic() - started
+        progress.spent.add(save_s=wait_s)
+        gib, copied = sum(self._engine.checkpoint_bytes()) / 2**30, saving.writer.in_background
+        log.event("save", step=step, wait_s=wait_s, write_s=write_s, gib=gib, copied=copied)
+
+    def abandon(self) -> None:
+        """Leave what is not published half-written, and nobody at work on it."""
+        if self._saving is not None:
+            self._saving.writer.abandon()
+
+    def _has_room_for_copies(self, step: int) -> bool:
+        """Whether every machine's free memory holds its ranks' copies; a line is said where it does not. Collective."""
+        alone, shared = self._engine.checkpoint_bytes()
+        needed = alone + shared * distributed.num_local_ranks(self._world) / self._world.size
+        needed, free = max(
+            distributed.gather((needed, host_memory.available_bytes())), key=lambda told: told[0] - told[1]
+        )
+        if needed <= ROOM_FOR_COPIES * free:
+            return True
+        self._say(
+            f"memory     copies of step {step}'s checkpoint take {needed / 2**30:.2f} GiB of a machine that has "
+            f"{free / 2**30:.2f} GiB free; it is written without them, and training waits"
+        )
+        return False
+
+    def require_space(self, step: int, total: int) -> None:
+        """Room for the checkpoints to come behind `step`, now rather than in hours: one more than is kept lies there at
+        a time."""
+        section, there = self._config.checkpoint, checkpoint.published(self._folder.checkpoints)
+        to_come = math.ceil((total - step) / section.every_steps) if section.every_steps else min(total - step, 1)
+        newest, for_ever = section.keep + 1, 0
+        if section.keep_every_steps is not None:  # of which some are among the newest
+            for_ever = total // section.keep_every_steps - step // section.keep_every_steps
+            newest -= newest // (section.keep_every_steps // section.every_steps)
+            there = [folder for folder in there if checkpoint.step_of(folder) % section.keep_every_steps]
+        number = min(to_come, newest + for_ever - len(there))
+        checkpoint.require_space(self._folder.checkpoints, sum(self._engine.checkpoint_bytes()), max(number, 0))

@@ -24,7 +24,8 @@ OFFLOAD_FILE = "ds_configs/zero3_offload.json"
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes a rank; `host` is what offloading moves to the machine's own memory."""
+    """Bytes a rank; `host` is what offloading moves to the machine's own memory, `copy` what a checkpoint takes there
+    while it is written in the background."""
 
     weights: float
     gradients: float
@@ -32,6 +33,7 @@ class Estimate:
     buckets: float  # of communication, and under ZeRO-3 the weights that are whole at a time
     activations: float
     host: float = 0.0
+    copy: float = 0.0
 
     @property
     def states(self) -> float:
@@ -56,6 +58,7 @@ class Setup:
     activations: Callable[[str], float]  # peak bytes of the fullest row, by `checkpointing`; asked for more than once
     local_ranks: int = 1  # on one machine
     read_ahead: float = 0.0  # bytes of the micro-batches that a rank's loader holds ready
+    copies: bool = False  # whether ranks copy their share of a checkpoint, to write it while training goes on
 
     @property
     def stage(self) -> int:
@@ -77,6 +80,7 @@ def estimate(setup: Setup) -> Estimate:
         gradients += size * trained  # autograd's own, which stay beside the sums until the step
     master = MASTER_BYTES if stage > 0 else 0
     optimizer = float((master + MOMENT_BYTES[setup.optimizer]) * trained / (ranks if stage > 0 else 1))
+    copy = _copied_bytes(setup, every, trained, optimizer)
     host = 0.0
     if _is_offloaded(setup, "offload_optimizer"):
         host, gradients, optimizer = optimizer + gradients, 0.0, 0.0
@@ -89,7 +93,19 @@ def estimate(setup: Setup) -> Estimate:
         buckets=_bucket_bytes(setup, every, trained),
         activations=setup.activations(setup.checkpointing),
         host=host,
+        copy=copy,
     )
+
+
+def _copied_bytes(setup: Setup, every: int, trained: int, optimizer: float) -> float:
+    """What the ranks of rank 0's machine copy of a checkpoint, by rank; below ZeRO-3 rank 0 alone saves the weights."""
+    size, stage = setup.dtype.itemsize, setup.stage
+    if not setup.copies:
+        return 0.0
+    if stage == 3:
+        return (every - trained) * size / setup.world_size + optimizer
+    alone = every * size + (0.0 if stage else optimizer)
+    return alone / setup.local_ranks + (optimizer if stage else 0.0)
 
 
 def _is_offloaded(setup: Setup, key: str) -> bool:
@@ -143,6 +159,12 @@ def describe_memory(setup: Setup, available: float, host: float, where: str, mac
     lines = [f"memory     about {_gib(own.total)} of {_gib(available)} GiB a rank: {listed}"]
     if own.host:
         lines.append(f"           and {_gib(own.host)} of {_gib(host)} GiB of the machine's, offloaded")
+    if own.copy:
+        taken = own.host + (own.total if where == "machine" else 0.0)
+        fits = "" if taken + own.copy <= host else "; that does not fit, so training waits for each"
+        lines.append(
+            f"           and {_gib(own.copy)} GiB of the machine's for a checkpoint that is being written{fits}"
+        )
     if own.total > available:
         lines.append(f"           WARNING: it may run out of memory; {_remedy(setup, available, advice)}")
     elif advice:

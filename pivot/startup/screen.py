@@ -61,6 +61,7 @@ def _memory_setup(config: Config, inputs: Inputs, world: World) -> memory.Setup:
         activations=cache(measure),
         local_ranks=num_local_ranks(world),
         read_ahead=config.data.workers * PREFETCH * row_bytes,
+        copies=config.checkpoint.asynchronous,
     )
 
 

@@ -79,6 +79,7 @@ def make_run(
         outcomes = _outcomes(share, num_samples)
         rows.append(_evaluation(step, steps, objective, outcomes))
         keep([_answer(question, share, index) for index, question in enumerate(questions)], outcomes, folder, step)
+    rows += [{"event": "save", "step": step, "wait_s": 1.5, "write_s": 9.5, "copied": True} for step in (60, 120)]
     rows.append(_end(steps))
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -39,6 +39,15 @@ def test_the_oldest_go(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
 
 
+def test_every_n_th_stays_for_ever(tmp_path: Path) -> None:
+    """The newest two, whatever their steps; before them the multiples of 20. A save that was asked for is as others."""
+    make(tmp_path, 10, 20, 25, 30, 40, 50, 60)
+    _prune(tmp_path, 2, pytest.fail, 20)
+    assert [checkpoint.step_of(tmp_path / name) for name in names(tmp_path)] == [20, 40, 50, 60]
+    _prune(tmp_path, 2, pytest.fail)
+    assert [checkpoint.step_of(tmp_path / name) for name in names(tmp_path)] == [50, 60]
+
+
 def test_a_linked_checkpoint_loses_its_link_alone(tmp_path: Path) -> None:
     checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     for folder in make(elsewhere, 1, 2):

@@ -66,3 +66,5 @@ def test_one_line() -> None:
         "1/5,000 of its FLOPs, 1/400,000 of its samples, 1/4,000 of its GPU-hours"
     )
     assert describe_spent(Spent(core_hours=0.5, pairs=10).row(), "samples").startswith("0.5 core-hours, 10 samples")
+    saved = describe_spent(Spent(gpu_hours=1, save_s=12.34).row(), "pairs")
+    assert saved.endswith("useful FLOP, 12.3 s of waiting for checkpoints")

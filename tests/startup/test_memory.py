@@ -62,6 +62,30 @@ def test_offloaded_states_are_the_hosts(setup_7b: Setup) -> None:
     assert found.host == pytest.approx(18 * 8.03e9, rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("stage", "bytes_per_parameter"),
+    [
+        (2, 2 / 8 + 12 / 16),  # rank 0 alone copies the weights, each rank a sixteenth of masters and moments
+        (3, 12 / 16),  # the masters are the weights
+    ],
+)
+def test_copies_of_a_checkpoint_by_hand(setup_7b: Setup, stage: int, bytes_per_parameter: float) -> None:
+    """A machine's, by rank: 16 ranks of two machines. None where training waits for the disk."""
+    setup = replace(setup_7b.at_stage(stage), world_size=16)
+    assert estimate(setup).copy == 0
+    every = sum(p.numel() for p in setup_7b.skeleton.parameters())
+    assert estimate(replace(setup, local_ranks=8, copies=True)).copy == pytest.approx(bytes_per_parameter * every)
+
+
+def test_copies_that_do_not_fit_are_told(setup_7b: Setup) -> None:
+    """7B under ZeRO-2 on 8 ranks: 2 / 8 + 12 / 8 bytes of 8.03 billion parameters are 13.1 GiB a rank."""
+    setup = replace(setup_7b, local_ranks=8, copies=True)
+    (_, line) = describe_memory(setup, CARD, 13.2 * GIB, "GPU")
+    assert line.strip() == "and 13.1 GiB of the machine's for a checkpoint that is being written"
+    (_, line) = describe_memory(setup, CARD, 13 * GIB, "GPU")
+    assert line.endswith("; that does not fit, so training waits for each")
+
+
 def test_a_frozen_part_has_weights_alone(setup_7b: Setup) -> None:
     found = estimate(replace(setup_7b, trained=("projector",), world_size=1))
     trained = sum(p.numel() for p in setup_7b.skeleton.projector.parameters())

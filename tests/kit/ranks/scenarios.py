@@ -21,6 +21,7 @@ from pivot.models.build import build_mllm, resolve_sources
 from pivot.models.mllm import MLLM
 from pivot.objectives import build_objective
 from pivot.processor import build_processor
+from pivot.run import checkpoint
 from pivot.system.distributed import World
 from tests.kit.trees import build_batch, random_segments
 
@@ -131,6 +132,13 @@ def _loss(model: Callable[[PackedBatch], Tensor], row: PackedBatch, num_pairs: i
 
 def weights(engine: Engine) -> dict[str, Tensor]:
     return engine.state_dict()
+
+
+def save_checkpoint(engine: Engine, checkpoints: Path, step: int) -> Path:
+    size = sum(engine.checkpoint_bytes())
+    saved = checkpoint.begin(engine, checkpoints, step, world(), state={}, facts={}, size_bytes=size)
+    checkpoint.publish(saved, world(), keep=2, say=print)
+    return saved.final
 
 
 def save(folder: Path, name: str, values: dict[str, Any]) -> None:

@@ -12,7 +12,18 @@ import torch.distributed as dist
 from pivot.engine import Engine
 from pivot.engine.files import SavedShards
 from pivot.run import checkpoint
-from tests.kit.ranks.scenarios import ADAM_RATES, _mine, build, optim_config, pair, run_step, save, weights, world
+from tests.kit.ranks.scenarios import (
+    ADAM_RATES,
+    _mine,
+    build,
+    optim_config,
+    pair,
+    run_step,
+    save,
+    save_checkpoint,
+    weights,
+    world,
+)
 
 STAGES = (1, 2, 3)
 NUM_PAIRS = 6
@@ -109,6 +120,4 @@ def take_over(folder: Path, source: Path, stage: int, written: Written) -> dict[
 
 
 def _save(engine: Engine, folder: Path) -> None:
-    checkpoint.save(
-        engine, folder, 2, world(), state={}, facts={}, size_bytes=engine.checkpoint_bytes(), keep=2, say=print
-    )
+    save_checkpoint(engine, folder, 2)

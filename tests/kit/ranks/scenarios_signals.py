@@ -39,7 +39,7 @@ PHASES = {
     "counting": ("pivot.data.lengths.count_tokens", False),
     "scoring": ("pivot.data.reference_cache.ReferenceCache._score", False),
     "step": ("pivot.train.run_micro_batch", False),
-    "save": ("pivot.run.checkpoint._hash_shared", False),
+    "save": ("pivot.run.checkpoint._gather_files", False),
     "evaluation": ("pivot.evaluate.pairs._records", True),
     "generation": ("pivot.evaluate.questions._answer", True),
     "data wait": ("pivot.data.loader.Loader._next", True),
