@@ -256,7 +256,8 @@ def test_no_loading_runs_what_it_reads() -> None:
     assert not where(lambda name, named: named.get("weights_only", "True") != "True")
     assert not where(lambda name, named: name == "np.load" and named.get("allow_pickle") != "False")
     assert not where(lambda name, named: named.get("allow_pickle", "False") != "False")
-    assert not where(lambda name, named: name.startswith(("pickle.", "cPickle.", "dill.", "joblib.", "marshal.")))
+    pickles = where(lambda name, named: name.startswith(("pickle.", "cPickle.", "dill.", "joblib.", "marshal.")))
+    assert set(pickles) == {f"benchmarks/scale.py: pickle.{name}" for name in ("dumps", "loads")}  # what a gather costs
     assert not where(lambda name, named: name in ("eval", "exec", "torch.hub.load", "yaml.load", "yaml.unsafe_load"))
 
 

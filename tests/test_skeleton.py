@@ -71,7 +71,9 @@ def test_encoders_lie_below_data_processor_and_models():
 
 @pytest.mark.parametrize("library", ["open_clip", "timm"])
 def test_an_encoder_library_is_imported_in_one_file(library):
-    assert importers(library) <= {"pivot.encoders.open_clip"}
+    """Beside the command that writes its folders."""
+    timm_of_open_clip = {"pivot.encoders.open_clip"} if library == "timm" else set()
+    assert importers(library) <= {f"pivot.encoders.{library}", "launch.assets"} | timm_of_open_clip
 
 
 def test_nothing_in_the_library_imports_train():
@@ -92,3 +94,10 @@ def test_light_modules_stay_light(module):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [], f"import {module} also imports {run.stdout}"
+
+
+@pytest.mark.parametrize("name", ["pivot", "data_tools"])
+def test_every_folder_of_code_is_installed(name):
+    """setup.py takes the folders that are packages: one without __init__.py works in a checkout and nowhere else."""
+    folders = {path.parent for path in (ROOT / name).rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []

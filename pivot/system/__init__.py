@@ -1,0 +1,1 @@
+"""Ranks, files, locks, workers, processes, signals: nothing about training."""
