@@ -31,20 +31,14 @@ from pivot.run.profile import Tracer
 from pivot.run.spent import Clock, compare_spent, describe_spent
 from pivot.run.state import Progress, RunState
 from pivot.run.status import DONE, PREEMPTED
-from pivot.run.stragglers import Stragglers, describe
+from pivot.run.stragglers import Stragglers
 from pivot.run.weights_and_biases import require_package
 from pivot.startup.facts import start_facts
 from pivot.startup.flops import build_work_counter, measure_matmul_tflops
 from pivot.startup.inputs import Inputs, Say, open_inputs, open_loader
 from pivot.startup.references import open_references
 from pivot.startup.screen import first_screen
-from pivot.startup.selfcheck import (
-    REPACKED_PAIRS,
-    GradientWatch,
-    margin_tolerance,
-    require_zero_margins,
-    start_margins,
-)
+from pivot.startup.selfcheck import GradientWatch, margin_tolerance, require_zero_margins, start_margins
 from pivot.step import Step, StepSource, run_micro_batch
 from pivot.system import distributed, fault, preemption, watchdog
 from pivot.system.distributed import World
@@ -120,12 +114,11 @@ class Trainer:
         self.say: Say = world.say
         self.progress = Progress()
         self.clock = Clock(self.progress.spent, world)
-        self.objective, self.stragglers = inputs.objective, Stragglers()
-        watchdog.enter("in loading the weights")
+        self.objective = inputs.objective
+        distributed.begin("loading the weights")
         self.model = self._build_model(inputs.sources)
         self.engine = self._build_engine()
-        distributed.check_preemption()
-        watchdog.enter("in scoring the reference")
+        distributed.begin("scoring the reference")
         # Now, while the engine still holds the weights that the run starts from.
         references = open_references(config, inputs, world, self.say, start_weights=self._score)
         self.reference, self.held_out_reference = references.train, references.held_out
@@ -145,6 +138,7 @@ class Trainer:
         )
         limits = (config.train.max_skipped_steps, config.log.spike_factor)
         self.guard = StepGuard(folder.path, inputs.data.shards, self.objective, self.log, world, *limits)
+        self.stragglers = Stragglers(self.log, self.say)
         self.tracer = Tracer(folder.path / "profile", config.log.profile_steps, world, self.say)
         self.save_asked, self.all_written = False, True
         self.waited_s = 0.0  # of the loader's data_wait_s, what is in the log
@@ -205,7 +199,9 @@ class Trainer:
             if self.world.is_main:
                 self.state.require_space(progress.step, total)
         timer = Timer(self._log_start())
-        tolerance = self._margin_tolerance() if progress.step == 0 else None
+        tolerance = None
+        if progress.step == 0 and self.reference is not None:
+            tolerance = margin_tolerance(self.inputs, self.loader, self._score, self.reference)
         if progress.step < total and self._evaluates(progress.step):
             self._evaluate()
         loader = self.loader(self.inputs.plan, first_step=progress.step, bad_samples_dir=self.folder.path)
@@ -281,9 +277,7 @@ class Trainer:
         sums.add({"save": self.world.is_main and self.folder.status.asks_to_save(), "writing": self.state.is_writing})
         sums.add({"busy_s": watchdog.take_busy_s()})
         learned, told = sums.reduce()
-        for row in self.stragglers.add(sums.of_each_rank("busy_s")):
-            self.log.event("straggler", step=self.progress.step + 1, **row)
-            self.say(f"straggler  {describe(row)}")
+        self.stragglers.add(self.progress.step + 1, sums.of_each_rank("busy_s"))
         self.save_asked, self.all_written = told["save"] > 0, told["writing"] == 0
         self._count_work(step_plan, told, timer)
         metrics = learned | {"masked": told["masked"]} | updated
@@ -299,18 +293,6 @@ class Trainer:
         self.progress.masked += int(told["masked"])
         room = self.world.size * step_plan.num_micro_batches * self.config.train.max_tokens_per_micro_batch
         timer.add(room=room, **work, wait_s=told["wait_s"], peak_memory_gib=told["peak_memory_gib"])
-
-    def _margin_tolerance(self) -> float | None:
-        """See selfcheck.py; None where the run does not start from its reference."""
-        scale, plan = self.objective.margin_scale, self.inputs.plan
-        if self.reference is None or scale is None or self.objective.reference_folder is not None:
-            return None
-        lengths, limit = plan.lengths, min(REPACKED_PAIRS, plan.num_pairs)
-        longest = int((lengths.prompt + lengths.chosen + lengths.rejected)[plan.kept].max())
-        repacked = plan.another(
-            limit=limit, global_batch_size=limit, max_tokens_per_micro_batch=longest, image_trees=False
-        )
-        return margin_tolerance(self.inputs.dtype, scale, self.loader(repacked), self._score, self.reference)
 
     def loader(self, plan: Plan, *, first_step: int = 0, bad_samples_dir: Path | None = None) -> Loader:
         return open_loader(
@@ -331,8 +313,7 @@ class Trainer:
         if self.inputs.held_out is None or distributed.broadcast(self.log.has_evaluation(step)):
             return
         self.state.publish(self.progress, self.log)
-        distributed.check_preemption()
-        watchdog.enter(f"in the evaluation behind step {step}")
+        distributed.begin(f"the evaluation behind step {step}")
         evaluation = evaluator.evaluate(
             self.inputs.held_out,
             self.inputs.processor,
@@ -369,8 +350,7 @@ class Trainer:
 
     def _export(self) -> None:
         """The trained model as an HF folder, read back and compared by rank 0."""
-        distributed.check_preemption()
-        watchdog.enter("in the export")
+        distributed.begin("the export")
         state = self.engine.state_dict()
         with distributed.shared_failure("exporting"):
             if self.world.is_main:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from pivot.run.log import RunLog
 from pivot.system import distributed
 
 WINDOW_S, WINDOW_STEPS = 30.0, 5  # what is judged at once: at least as long, and as many steps
@@ -17,10 +18,11 @@ FLOOR = 0.15
 
 
 class Stragglers:
-    """Sums over a window of steps, the same on every rank. A rank is named once."""
+    """Sums over a window of steps, the same on every rank. A rank is named once, on the terminal and in the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: RunLog, say: Callable[[str], None]) -> None:
         """Collective: the names of all hosts."""
+        self._log, self._say = log, say
         self._hosts = distributed.gather(socket.gethostname())
         self._named: set[int] = set()
         self._since: float | None = None  # the run's first step is not counted: it compiles, and much lies before it
@@ -28,8 +30,13 @@ class Stragglers:
     def _restart(self) -> None:
         self._busy_s, self._num_steps, self._since = [0.0] * len(self._hosts), 0, time.monotonic()
 
-    def add(self, busy_s: Sequence[float]) -> list[dict[str, Any]]:
-        """Count a step, with the seconds that each rank worked in it; the stragglers of a window that is over."""
+    def add(self, step: int, busy_s: Sequence[float]) -> None:
+        """Count a step, with the seconds that each rank worked in it; tell the stragglers of a window that is over."""
+        for row in self._find(busy_s):
+            self._log.event("straggler", step=step, **row)
+            self._say(f"straggler  {_describe(row)}")
+
+    def _find(self, busy_s: Sequence[float]) -> list[dict[str, Any]]:
         if self._since is None:
             self._restart()
             return []
@@ -50,7 +57,7 @@ class Stragglers:
         return found
 
 
-def describe(row: dict[str, Any]) -> str:
+def _describe(row: dict[str, Any]) -> str:
     return (
         f"rank {row['rank']} on {row['host']} works {row['busy_s']:.2f} s a step by itself, the median rank "
         f"{row['median_busy_s']:.2f} s; the others wait for it"

@@ -7,12 +7,15 @@ threads are full of runs that trained on for days like that.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from pivot.batch import REFERENCE, PackedBatch
+from pivot.data.plan import Plan
 from pivot.data.reference_cache import ReferenceCache, Score
+from pivot.startup.inputs import Inputs
 from pivot.step import StepSource
 from pivot.system import distributed
 
@@ -23,22 +26,32 @@ REPACKED_PAIRS = 32
 
 @torch.no_grad()
 def margin_tolerance(
-    dtype: torch.dtype, scale: float, source: StepSource, score: Score, reference: ReferenceCache
-) -> float:
+    inputs: Inputs, open_source: Callable[[Plan], StepSource], score: Score, reference: ReferenceCache
+) -> float | None:
     """How far a first margin may be from 0: rounding in fp32, in bf16 a multiple of what repacking changes. Collective.
 
-    `source` gives some pairs of the reference in another packing than the one they were scored in; in bf16 they are
-    scored again.
+    None where the run does not start from its reference. In bf16 some pairs of the reference are scored again, in
+    another packing than the one they were scored in.
     """
-    if dtype == torch.float32:
+    scale = inputs.objective.margin_scale
+    if scale is None or inputs.objective.reference_folder is not None:
+        return None
+    if inputs.dtype == torch.float32:
         return FP32_MARGIN
     worst = torch.zeros(())
-    for _, micro_batches in source:
+    for _, micro_batches in open_source(_repack(inputs.plan)):
         for batch in micro_batches:
             logps = batch.completion_logps(score(batch).float().cpu())
             worst = torch.maximum(worst, ((logps - reference.lookup(batch)) * batch.completion_weight).abs().max())
     noise = scale * max(distributed.gather(float(worst)))
     return max(FP32_MARGIN, REPACKING_FACTOR * 2 * noise)  # a margin is a difference of two completions
+
+
+def _repack(plan: Plan) -> Plan:
+    """A walk over REPACKED_PAIRS of them, in rows as short as may be."""
+    lengths, limit = plan.lengths, min(REPACKED_PAIRS, plan.num_pairs)
+    longest = int((lengths.prompt + lengths.chosen + lengths.rejected)[plan.kept].max())
+    return plan.another(limit=limit, global_batch_size=limit, max_tokens_per_micro_batch=longest, image_trees=False)
 
 
 def start_margins(batch: PackedBatch, token_logps: Tensor) -> Tensor:

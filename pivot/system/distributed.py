@@ -239,6 +239,12 @@ def check_preemption() -> None:
         raise Preempted(_who_asked())
 
 
+def begin(phase: str) -> None:
+    """Say that all ranks begin with `phase` ("the export"), where a request to stop is obeyed first. Collective."""
+    check_preemption()
+    watchdog.enter(f"in {phase}")
+
+
 def _who_asked() -> str:
     """Why one of the ranks was asked to stop, and which. Collective."""
     reasons = gather(preemption.reason())

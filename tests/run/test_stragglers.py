@@ -8,7 +8,19 @@ from unittest import mock
 import pytest
 
 from pivot.run import stragglers
-from pivot.run.stragglers import Stragglers, describe
+from pivot.run.stragglers import Stragglers
+
+
+class Told:
+    """What a run's log and terminal get."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+        self.lines: list[str] = []
+
+    def event(self, name: str, **values: object) -> None:
+        assert name == "straggler"
+        self.rows.append(values)
 
 
 @pytest.fixture
@@ -20,9 +32,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
 
 
 def find(busy_s: list[float], *, steps: int = 6) -> list[list[int]]:
+    told = watch(busy_s, steps)
+    return [[row["rank"] for row in told.rows if row["step"] == step] for step in range(1, steps + 1)]
+
+
+def watch(busy_s: list[float], steps: int) -> Told:
+    told = Told()
     with mock.patch("pivot.system.distributed.gather", lambda value: [value] * len(busy_s)):
-        found = Stragglers()
-    return [[row["rank"] for row in found.add(busy_s)] for _ in range(steps)]
+        stragglers = Stragglers(told, told.lines.append)
+    for step in range(1, steps + 1):
+        stragglers.add(step, busy_s)
+    return told
 
 
 def test_it_is_named_once_when_the_window_is_over(clock: mock.Mock) -> None:
@@ -43,10 +63,8 @@ def test_nor_is_twice_of_next_to_nothing(clock: mock.Mock) -> None:
 
 
 def test_it_says_rank_host_and_times(clock: mock.Mock) -> None:
-    with mock.patch("pivot.system.distributed.gather", lambda value: [value] * 2):
-        found = Stragglers()
-    (row,) = [row for _ in range(6) for row in found.add([2.0, 8.0])]
+    told = watch([2.0, 8.0], 6)
     host = socket.gethostname()
-    assert row == {"rank": 1, "host": host, "busy_s": 8.0, "median_busy_s": 2.0}
-    told = f"rank 1 on {host} works 8.00 s a step by itself, the median rank 2.00 s; the others wait for it"
-    assert describe(row) == told
+    assert told.rows == [{"step": 6, "rank": 1, "host": host, "busy_s": 8.0, "median_busy_s": 2.0}]
+    line = f"straggler  rank 1 on {host} works 8.00 s a step by itself, the median rank 2.00 s; the others wait for it"
+    assert told.lines == [line]
