@@ -34,7 +34,7 @@ from pivot.data.lengths import LENGTH_RECORD, LENGTHS_VERSION, Lengths, load_len
 from pivot.data.plan import Plan, PlanSettings
 from pivot.data.reference_cache import RECORD, ReferenceCache
 from pivot.data.shards import ShardSet
-from pivot.engine.files import MASTER, SavedShards
+from pivot.engine.files import MASTER, SavedShards, Write
 from pivot.metrics import StepMetrics
 from pivot.run import checkpoint
 from pivot.system.distributed import World
@@ -240,7 +240,7 @@ class SmallShards:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
 
-    def save(self, folder: Path, tag: str) -> None:
+    def save(self, folder: Path, tag: str, write: Write) -> None:
         for rank in range(self.ranks):
             for kind in ("model_states", "optim_states"):
                 (folder / tag / f"zero_pp_rank_{rank}_mp_rank_00_{kind}.pt").write_bytes(b"x")
@@ -253,8 +253,9 @@ def measure_checkpoints(folder: Path, ranks: Sequence[int]) -> list[Row]:
     for count in ranks:
         where = folder / str(count)
         engine: Any = SmallShards(count)
-        quiet: dict[str, Any] = {"state": {}, "facts": {}, "size_bytes": 0, "keep": 1, "say": str}
-        checkpoint.save(engine, where, 1, World(0, 1, CPU), **quiet)
+        alone = World(0, 1, CPU)
+        begun = checkpoint.begin(engine, where, 1, alone, state={}, facts={}, size_bytes=0)
+        checkpoint.publish(begun, alone, keep=1, say=str)
         spent = cpu_s(lambda where=where, count=count: checkpoint.find(where, World(0, count, CPU), str))
         manifest = checkpoint.step_folder(where, 1) / checkpoint.MANIFEST
         rows.append(
