@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv lock test test-all test-slurm test-oldest test-newest check shards bench bench-data sft dpo demo-start demo-sft demo-dpo clean
+.PHONY: help venv lock test test-all test-slurm test-oldest test-newest check shards bench bench-data sft dpo recipe demo-start demo-sft demo-dpo clean
 
 CONFIG ?=
 ARGS ?=
@@ -98,6 +98,9 @@ else
 sft dpo: %: demo-start $(DEMO)/data/scenes.png $(ENVIRONMENT) $(DEMO)/%.done
 	@"$$PYTHON" launch/demo.py table $@ $(DEMO)
 endif
+
+recipe: $(ENVIRONMENT)  ## The whole method at demo size: align, pre-train, SFT and DPO twins, swap (about half an hour on two cores)
+	@$(ON_PATH) "$$PYTHON" launch/recipe.py --size launch/configs/pivot/demo.yaml --folder runs/recipe $(ARGS)
 
 demo-start: $(if $(ENVIRONMENT),.venv/.made)
 	@"$$PYTHON" launch/demo.py start $(filter sft dpo,$(MAKECMDGOALS)) $(DEMO)

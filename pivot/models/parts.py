@@ -11,12 +11,14 @@ Both are what `init_from` takes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,3 +122,24 @@ def _read(path: str) -> dict[str, Any]:
     if "library" not in facts:  # written when there were two
         facts["library"] = "open_clip" if facts["open_clip"] else "transformers"
     return facts
+
+
+def digest_encoder(folder: Path) -> str:
+    """sha256 over the encoder's tensors in an export: names, types, shapes and bytes, wherever their files begin."""
+    alone = folder / "vision_tower" if is_parts(str(folder)) else folder
+    digest = hashlib.sha256()
+    values: dict[str, Tensor] = {}
+    for file in sorted(alone.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names = [name for name in list(tensors.keys()) if _is_encoders(name, in_llava=alone == folder)]
+            values |= {name: tensors.get_tensor(name) for name in names}
+    if not values:
+        raise ValueError(f"{folder} holds no encoder's weights; expected an export of pivot")
+    for name, value in sorted(values.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_encoders(name: str, *, in_llava: bool) -> bool:
+    return not in_llava or name.removeprefix("model.").startswith("vision_tower.")
