@@ -6,7 +6,7 @@
 
 The stages are the YAMLs of launch/configs/pivot/, at the paper's size. `--size` lays settings over them, so that
 launch/configs/pivot/demo.yaml makes the same chain run on two CPU cores (`make recipe`). The arm base is the encoder of
-1b without post-training. Each stage is an ordinary run in DIR; the same command goes on, and at the end DIR/table.md has
+1b without post-training. Each stage is an ordinary run in DIR; the same command goes on. In the end DIR/table.md has
 what every arm gave before and after the swap. A frozen encoder is compared with the one that came, bit by bit.
 """
 
