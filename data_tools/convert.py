@@ -22,7 +22,7 @@ from data_tools.readers.pictures import REMOTE
 from data_tools.recoding import to_shard_format
 from data_tools.records import Drop, ImageBytes, Record, shown
 from pivot.data.images import ImageError, decode_rgb, image_extension
-from pivot.data.samples import SAMPLE_VERSION, Sample, check_sample, dump_sample, sample_shape
+from pivot.data.samples import SAMPLE_VERSION, UNPAIRED, Sample, check_sample, dump_sample, sample_shape
 
 MAX_IMAGE_BYTES = 100_000_000  # of one file; read whole into memory
 SHOWN_PATH = 200  # letters of a path in a message; what is longer is no path that anybody wrote
@@ -197,13 +197,17 @@ def _pack(record: Record, files: list[bytes], max_side: int | None) -> Packed:
         images.append({"member": member, "w": width, "h": height, "sha256": sha256, "origin": origin})
         image_members.append((member, data))
     prompt = split_messages([*record.history, ("user", record.prompt)], len(files))
-    completions = {"chosen": record.chosen} | ({} if record.rejected is None else {"rejected": record.rejected})
+    if record.label is not None:
+        completions = {"completion": record.chosen}
+    else:
+        completions = {"chosen": record.chosen} | ({} if record.rejected is None else {"rejected": record.rejected})
     sample: Sample = {
         "v": SAMPLE_VERSION,
         "id": record.id,
         "kind": record.kind,
         "prompt": prompt,
-        **{role: [{"role": "assistant", "content": text}] for role, text in completions.items()},
+        **{field: [{"role": "assistant", "content": text}] for field, text in completions.items()},
+        **({} if record.label is None else {"label": record.label}),
         "images": images,
         "answer": list(record.answer) if isinstance(record.answer, tuple) else record.answer,
         "rejected_images": None,
@@ -218,7 +222,10 @@ def _pack(record: Record, files: list[bytes], max_side: int | None) -> Packed:
 
 def content_key(sample: Sample) -> str:
     """16 hex digits over what a sample teaches: conversation and image bytes, not where it comes from."""
-    texts = [sample["prompt"], sample["chosen"], sample.get("rejected")]
+    if sample["kind"] == UNPAIRED:  # the same answer under both labels is two samples
+        texts = [sample["prompt"], sample["completion"], sample["label"]]
+    else:
+        texts = [sample["prompt"], sample["chosen"], sample.get("rejected")]
     content = [*texts, [image["sha256"] for image in sample["images"]]]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from data_tools.console import bytes_text, count_text
+from pivot.batch import CHOSEN, REJECTED
+from pivot.data.samples import ROLES_OF_KIND, UNPAIRED
 from pivot.data.shards import ShardSet
 
+LABELS = {"desirable": CHOSEN, "undesirable": REJECTED}
 BARS = " ▁▂▃▄▅▆▇█"
 NUM_BARS = 24
 
@@ -19,13 +22,16 @@ def describe(folder: str | Path, top: int = 3) -> dict[str, Any]:
     shards = ShardSet.open(folder)
     index, manifest = shards.index, shards.manifest
     with_images = index[index["n_images"] > 0]
-    columns = {name: index[f"chars_{name}"] for name in ("prompt", "chosen", "rejected")}
-    if shards.kind == "sft":
-        del columns["rejected"]
+    columns = {name: index[f"chars_{name}"] for name in ("prompt", *ROLES_OF_KIND[shards.kind])}
+    labels = {}
+    if shards.kind == UNPAIRED:
+        columns |= {role: columns[role][columns[role] > 0] for role in ROLES_OF_KIND[UNPAIRED]}
+        labels = {"labels": {name: len(columns[role]) for name, role in LABELS.items()}}
     return {
         "name": shards.name,
         "kind": shards.kind,
         "samples": len(shards),
+        **labels,
         "images": int(index["n_images"].sum()),
         "without_image": int((index["n_images"] == 0).sum()),
         "several_images": int((index["n_images"] > 1).sum()),
@@ -57,6 +63,7 @@ def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
         "name": facts["name"],
         "kind": facts["kind"],
         "samples": f"{facts['samples']:,}",
+        **_label_text(facts),
         "images": f"{facts['images']:,} ({facts['without_image']:,} samples without, "
         f"{facts['several_images']:,} with several)",
         "size": f"{bytes_text(facts['bytes'])} in {count_text(facts['shards'], 'shard')} of {each}",
@@ -81,6 +88,11 @@ def describe_in_words(facts: dict[str, Any]) -> dict[str, str]:
         f"{bytes_text(sample['bytes'])}: {sample['where']}" for sample in facts["largest_samples"]
     )
     return words
+
+
+def _label_text(facts: dict[str, Any]) -> dict[str, str]:
+    labels = facts.get("labels", {})
+    return {"labels": ", ".join(f"{count:,} {name}" for name, count in labels.items())} if labels else {}
 
 
 def _shapes(shards: ShardSet) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pivot.data.lengths import LENGTH_RECORD, Lengths
-from pivot.data.samples import image_parts, message_text
+from pivot.data.samples import ROLES_OF_KIND, UNPAIRED, image_parts, message_text
 from pivot.data.shards import ShardSet
 from pivot.encoders.facts import ImageGeometry
 from pivot.processor import EncodedPair
@@ -40,9 +40,9 @@ def letter_lengths(shards: ShardSet) -> Lengths:
     records = np.zeros(len(shards), dtype=LENGTH_RECORD)
     records["image"] = index["n_images"].astype(np.uint32) * IMAGE_TOKENS
     records["prompt"] = index["chars_prompt"] + records["image"]
-    records["chosen"] = index["chars_chosen"] + 1
-    if shards.kind != "sft":
-        records["rejected"] = index["chars_rejected"] + 1
+    for role in ROLES_OF_KIND[shards.kind]:
+        letters = index[f"chars_{role}"]
+        records[role] = np.where(letters > 0, letters + 1, 0) if shards.kind == UNPAIRED else letters + 1
     return Lengths.from_records(records)
 
 

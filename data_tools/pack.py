@@ -219,7 +219,7 @@ def _rows(options: PackOptions) -> Iterator[Record | Drop]:
 
 def _cut_turns(rows: Iterable[Record | Drop], turns: str) -> Iterator[Record | Drop]:
     for row in rows:
-        if turns == "each" and isinstance(row, Record) and row.rejected is None:
+        if turns == "each" and isinstance(row, Record) and row.kind == "sft":
             yield from each_answer(row)
         else:
             yield row

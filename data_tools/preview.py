@@ -10,7 +10,7 @@ import base64
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from string import Template
@@ -20,12 +20,16 @@ from PIL import Image
 from data_tools.console import bytes_text, count_text
 from data_tools.draw import shuffled
 from data_tools.where import Condition
+from pivot.batch import CHOSEN, REJECTED
 from pivot.data.images import ImageError, decode_rgb
-from pivot.data.samples import Sample, answers_of, message_text
+from pivot.data.samples import UNPAIRED, Sample, all_completions, answers_of, message_text
 from pivot.data.shards import DamagedSample, ShardSet
 
 THUMBNAIL = 560  # pixels, the longer side; twice what the page shows, for sharp screens
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+
+
+Piece = tuple[str, bool]  # text, whether the other answer lacks it
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,16 @@ class Shown:
     images: list[Image.Image]
     sizes: list[int]  # bytes of the files
 
-    @property
-    def rejected(self) -> str | None:
-        return message_text(self.sample["rejected"]) if self.sample.get("rejected") else None
-
-    @property
-    def chosen(self) -> str:
-        return message_text(self.sample["chosen"])
+    def answers(self, clean: Callable[[str], str] = str) -> list[tuple[str, str, list[Piece]]]:
+        """(role, heading, pieces of the cleaned text) of each answer; of a pair what the other one lacks is marked."""
+        texts = {role: clean(message_text(messages)) for role, messages in all_completions(self.sample).items()}
+        if len(texts) == 2:
+            both = difference(*texts.values())
+            return [(role, role, pieces) for role, pieces in zip(texts, both, strict=True)]
+        names = (
+            {CHOSEN: "desirable", REJECTED: "undesirable"} if self.sample["kind"] == UNPAIRED else {CHOSEN: "answer"}
+        )
+        return [(role, names[role], [(text, False)]) for role, text in texts.items()]
 
 
 def choose(shards: ShardSet, num: int, seed: int, conditions: Sequence[Condition] = ()) -> list[int]:
@@ -70,9 +77,6 @@ def read_shown(shards: ShardSet, rows: Sequence[int]) -> list[Shown]:
             image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         shown.append(Shown(row, sample, images, [len(data) for data in files]))
     return shown
-
-
-Piece = tuple[str, bool]  # text, whether the other answer lacks it
 
 
 def difference(left: str, right: str) -> tuple[list[Piece], list[Piece]]:
@@ -130,11 +134,7 @@ def _card(shown: Shown) -> str:
     many = " many" if len(shown.images) > 1 else ""
     tags = [f"row {shown.row}", sample.get("source") or ""]
     tags += [f"answer {' or '.join(accepted)}"] if (accepted := answers_of(sample)) else []
-    if shown.rejected is None:
-        answers = _answer("chosen", "answer", [(shown.chosen, False)])
-    else:
-        chosen, rejected = difference(shown.chosen, shown.rejected)
-        answers = _answer("chosen", "chosen", chosen) + _answer("rejected", "rejected", rejected)
+    answers = "".join(_answer(role, heading, pieces) for role, heading, pieces in shown.answers())
     kind = "" if pictures else " class=text"
     return (
         f'<article{kind}><div class="pictures{many}">{pictures}</div><div class="words">'

@@ -44,9 +44,9 @@ class RunData:
         from pivot.objectives import build_objective
         from pivot.startup.data import resolve_plan
 
-        roles = build_objective(self.config.objective).roles
+        objective = build_objective(self.config.objective)
         settings = resolve_plan(
-            self.config, self.data, self.processor, self.skeleton, roles=roles, world_size=world_size
+            self.config, self.data, self.processor, self.skeleton, objective=objective, world_size=world_size
         )
         return Plan(replace(settings, **changes))
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.preview import Piece, Shown, difference
+from data_tools.preview import Piece, Shown
+from pivot.batch import REJECTED
 from pivot.data.samples import Sample
 
 CARD_WIDTH, PICTURE, GAP, MARGIN = 1040, 300, 24, 40
@@ -90,15 +91,9 @@ def _draw_card(shown: Shown, colours: Colours, fonts: Fonts) -> Image.Image:
     )
     pen.skip(6)
     pen.write([(_printable(_question(shown.sample)), False)], fonts.prompt, colours.ink, PROMPT_LINES)
-    if shown.rejected is None:
-        _write_answer(
-            pen, "answer", [(_printable(shown.chosen), False)], colours.good, colours.good_mark, colours, fonts
-        )
-    else:
-        texts = _printable(shown.chosen), _printable(shown.rejected)
-        chosen, rejected = map(_from_difference, difference(*texts))
-        _write_answer(pen, "chosen", chosen, colours.good, colours.good_mark, colours, fonts)
-        _write_answer(pen, "rejected", rejected, colours.bad, colours.bad_mark, colours, fonts)
+    for role, heading, pieces in shown.answers(_printable):
+        colour, mark = (colours.bad, colours.bad_mark) if role == REJECTED else (colours.good, colours.good_mark)
+        _write_answer(pen, heading, _from_difference(pieces), colour, mark, colours, fonts)
     return canvas.crop((0, 0, CARD_WIDTH, max(bottom, pen.y) + GAP))
 
 

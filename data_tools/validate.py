@@ -16,7 +16,7 @@ from data_tools.pack import ordered_map
 from pivot.data.images import ImageError, decode_rgb
 from pivot.data.index import key_hash
 from pivot.data.manifest import Shard
-from pivot.data.samples import ROLES_OF_KIND, message_text
+from pivot.data.samples import all_completions, message_text
 from pivot.data.shards import DamagedSample, ShardSet
 
 
@@ -119,7 +119,7 @@ def _check_sample(shards: ShardSet, row: int) -> list[str]:
     problems = []
     if sample["kind"] != shards.kind:
         problems.append(f"kind {sample['kind']} in a set of kind {shards.kind}")
-    texts = [message_text(sample[role]).strip() for role in ROLES_OF_KIND[sample["kind"]]]
+    texts = [message_text(messages).strip() for messages in all_completions(sample).values()]
     if not all(texts):
         problems.append("zero-length completion")
     if len(texts) == 2 and texts[0] == texts[1]:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pivot.data.samples import Sample, answers_of, message_text
+from pivot.data.samples import Sample, all_completions, answers_of, message_text
 
+ANSWERS = ("chosen", "rejected")  # of a sample with a label one of the two
 TEXTS = ("id", "source", "prompt", "chosen", "rejected", "answer")
 COUNTS = tuple(f"{unit}_{field}" for unit in ("words", "letters") for field in ("prompt", "chosen", "rejected"))
 NUMBERS = ("row", "images", "width", "height", *COUNTS)
@@ -92,5 +93,5 @@ def facts_of(field: str, row: int, sample: Sample) -> Any:
 def text_of(sample: Sample, field: str) -> str:
     if field == "answer":
         return " or ".join(answers_of(sample))
-    value = sample.get(field)
+    value = all_completions(sample).get(field) if field in ANSWERS else sample.get(field)
     return message_text(value).lstrip("\n") if isinstance(value, list) else value or ""

@@ -17,7 +17,7 @@ import webdataset
 from data_tools.convert import Packed
 from pivot.data.index import INDEX_RECORD, key_hash
 from pivot.data.manifest import Shard
-from pivot.data.samples import message_text
+from pivot.data.samples import all_completions, message_text
 from pivot.system.files import sync_folder, write_atomically
 
 U16, U32 = 2**16 - 1, 2**32 - 1
@@ -106,6 +106,6 @@ def _index_record(packed: Packed, offset: int, span: int) -> np.ndarray:
     record["img_w"] = min(max((image["w"] for image in images), default=0), U16)
     record["img_h"] = min(max((image["h"] for image in images), default=0), U16)
     record["pixels"] = min(sum(image["w"] * image["h"] for image in images), U32)
-    for field in ("prompt", "chosen", "rejected"):
-        record[f"chars_{field}"] = min(len(message_text(packed.sample.get(field) or [])), U32)
+    for field, messages in ({"prompt": packed.sample["prompt"]} | all_completions(packed.sample)).items():
+        record[f"chars_{field}"] = min(len(message_text(messages)), U32)
     return record

@@ -94,8 +94,11 @@ def _describe_values(key: Key) -> str:
     return f"  {setting:<46}  {values:<46}  {may}".rstrip()
 
 
-def main(objective: str, arguments: list[str], *, task: Task = train, script: str | None = None) -> int:
-    """What a script does: `task` with the settings of a run of `objective`; the exit code (see above)."""
+def main(
+    objective: str, arguments: list[str], *, task: Task = train, script: str | None = None, others: tuple[str, ...] = ()
+) -> int:
+    """What a script does: `task` with the settings of a run of `objective`, or of one of `others`; the exit code (see
+    above)."""
     script = script or f"train_{objective}"
     flags = {word for word in arguments if word.startswith("-") and not word.startswith("--local_rank")}
     words = [word for word in arguments if not word.startswith("-")]
@@ -110,14 +113,14 @@ def main(objective: str, arguments: list[str], *, task: Task = train, script: st
     from pivot.system import preemption  # here, and below: --help needs nothing installed
 
     with contextlib.nullcontext() if flags else preemption.listening():
-        return _start(task, words, objective, flags)
+        return _start(task, words, objective, others, flags)
 
 
-def _start(task: Task, words: list[str], objective: str, flags: set[str]) -> int:
+def _start(task: Task, words: list[str], objective: str, others: tuple[str, ...], flags: set[str]) -> int:
     from pivot.config_load import load_config, to_yaml
 
     try:
-        config = load_config(words[0], words[1:], objective)
+        config = load_config(words[0], words[1:], objective, others=others)
     except Exception as error:
         return tell_error(error)
     if "--print-config" in flags:

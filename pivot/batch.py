@@ -2,7 +2,8 @@
 
 Letters used for shapes: T tokens, S segments, I images, F image tokens (one image feature each), N targets,
 C completions, G groups, P pairs. A group is one sample of the data set with all its completions: a preference pair, the
-one answer of an SFT sample, the many answers that were sampled for one prompt.
+one answer of an SFT sample, an answer alone that is good (chosen) or bad (rejected), the many answers that were sampled
+for one prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pivot.trees import Reading, Segments
 CHOSEN = "chosen"
 REJECTED = "rejected"
 COMPLETION = "completion"  # one of many of its prompt, neither preferred nor rejected: its value is a number
-ROLES = (CHOSEN, REJECTED, COMPLETION)  # `PackedBatch.role` holds the places of the names in here
+MISMATCHED = "mismatched"  # the answer to another sample's prompt: KTO tells from it how far the policy has moved
+ROLES = (CHOSEN, REJECTED, COMPLETION, MISMATCHED)  # `PackedBatch.role` holds the places of the names in here
 DUMMY_SAMPLE = -1  # `sample_index` of the weight-0 group that a rank runs when it has nothing to do
 
 REFERENCE = "reference"  # the name, in `completion_values`, of a completion's log-prob under the reference model
@@ -32,6 +34,9 @@ REFERENCE = "reference"  # the name, in `completion_values`, of a completion's l
 SAMPLE = "sample"  # a group: a pair, an SFT sample
 CHOSEN_TOKEN = "chosen_token"  # a target of a chosen completion
 TARGET_TOKEN = "target_token"  # a target of any completion that the objective scores
+CHOSEN_ANSWER = "chosen_answer"  # a chosen completion
+REJECTED_ANSWER = "rejected_answer"  # a rejected completion
+ANSWER = "answer"  # either of them
 
 
 class StepCounts(dict[str, int]):
@@ -126,11 +131,17 @@ class PackedBatch:
         real = self.completion_weight > 0
         tokens = torch.where(real, self.completion_tokens, 0)
         taken = {role: int(tokens[self.completions_of[role]].sum()) for role in {*roles, CHOSEN}}
+        chosen, rejected = (
+            int(real[self.completions_of[role]].sum()) if role in roles else 0 for role in (CHOSEN, REJECTED)
+        )
         return StepCounts(
             {
                 SAMPLE: len(self.group[real].unique()),
                 CHOSEN_TOKEN: taken[CHOSEN],
                 TARGET_TOKEN: sum(taken[role] for role in roles),
+                CHOSEN_ANSWER: chosen,
+                REJECTED_ANSWER: rejected,
+                ANSWER: chosen + rejected,
             }
         )
 

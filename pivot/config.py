@@ -157,9 +157,44 @@ class DPOConfig:
         0.1, "reward per nat of log ratio: a larger one keeps the policy nearer to the reference", low=1e-12
     )
     reference: str | None = key(None, "an HF LLaVA folder; null: the weights that this run starts from")
-    label_smoothing: float = key(0.0, "share of flipped preferences, for sigmoid and robust", low=0, high=0.499999)
+    label_smoothing: float = key(
+        0.0,
+        "share of flipped preferences, for sigmoid, robust, aot and aot_unpaired; for exo_pair the label's doubt, "
+        "which must be above 0 (the paper's is 0.001)",
+        low=0,
+        high=0.499999,
+    )
+    f_divergence_type: str = key(
+        "reverse_kl",
+        "what holds the policy to the reference, for the losses of a margin (f-DPO)",
+        choices=("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    )
+    f_alpha_divergence_coef: float = key(0.5, "alpha of alpha_divergence: 0 is forward_kl, 1 reverse_kl")
+    discopop_tau: float = key(0.05, "DiscoPOP's temperature, in units of the reward margin", low=1e-3, high=1)
     simpo_gamma: float = key(0.5, "SimPO's target margin, nat per token times beta")
     bco_shift: str = key("none", "reward shift of bco_pair", choices=("none", "running_mean"))
+
+
+@dataclass
+class KTOConfig:
+    """Single answers, each desirable or undesirable, mean over the step's answers; a pair is read as one of each."""
+
+    beta: float = key(
+        0.1, "reward per nat of log ratio: a larger one keeps the policy nearer to the reference", low=1e-12
+    )
+    reference: str | None = key(None, "an HF LLaVA folder; null: the weights that this run starts from")
+    desirable_weight: float = key(
+        1.0,
+        "of the loss of desirable answers; the paper: weight times number, 1 to 4/3 of the undesirable ones'",
+        low=0,
+    )
+    undesirable_weight: float = key(1.0, "of the loss of undesirable answers", low=0)
+    baseline: str = key(
+        "mismatched",
+        "what a gain is measured from. mismatched: the KL from the reference in the step before, of answers to other "
+        "prompts; none: 0, TRL's apo_zero_unpaired",
+        choices=("mismatched", "none"),
+    )
 
 
 @dataclass
@@ -168,6 +203,7 @@ class ObjectiveConfig:
 
     sft: SFTConfig | None = section(SFTConfig, optional=True)
     dpo: DPOConfig | None = section(DPOConfig, optional=True)
+    kto: KTOConfig | None = section(KTOConfig, optional=True)
 
 
 @dataclass
@@ -206,7 +242,7 @@ class OptimConfig:
 class TrainConfig:
     """How large a step is, how many there are, and how they are computed."""
 
-    global_batch_size: int = key(MISSING, "pairs (SFT: samples) per optimizer step, over all ranks", low=1)
+    global_batch_size: int = key(MISSING, "pairs (SFT, KTO: samples) per optimizer step, over all ranks", low=1)
     max_tokens_per_micro_batch: int = key(
         8192, "row length per rank and micro-step; schedules only, never excludes", low=2, resume=True
     )

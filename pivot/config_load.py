@@ -41,15 +41,18 @@ REMOVED: dict[str, tuple[Any, str]] = {
 Place = tuple[str | int, ...]  # a key and its sections, and indices into lists
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, objective: str | None = None) -> Config:
-    """Merge defaults, the YAML at `path` and `key=value` overrides; `objective` is the one the launch script fixes."""
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, objective: str | None = None, *, others: tuple[str, ...] = ()
+) -> Config:
+    """Merge defaults, the YAML at `path` and `key=value` overrides; `objective` is the one the launch script fixes, and
+    `others` those that its YAML may have instead."""
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; expected the run's YAML")
     layers = [(str(path), _load_yaml(path))]
     layers += [(f"command line '{redact_setting(text)}'", _parse_override(text)) for text in overrides or []]
     for source, layer in layers:
         _require_unredacted(layer, source)
-    config = _to_typed(_merge_all(layers, objective))
+    config = _to_typed(_merge_all(layers, objective, others=others))
     check_config(config)
     return config
 
@@ -88,14 +91,16 @@ def _read_as_written(path: str | Path, stays: Callable[[str], bool], *, refuse_r
     return config
 
 
-def _merge_all(layers: list[tuple[str, Any]], objective: str | None, *, refuse_removed: bool = True) -> DictConfig:
+def _merge_all(
+    layers: list[tuple[str, Any]], objective: str | None, *, others: tuple[str, ...] = (), refuse_removed: bool = True
+) -> DictConfig:
     """The defaults, and (source, layer) after (source, layer) over them."""
     merged = OmegaConf.structured(Config)
     for source, layer in layers:
         if not isinstance(layer, DictConfig):
             raise ConfigError(f"{source}: expected a mapping of keys, found {type(layer).__name__}")
         merged = _merge(merged, _without_removed(layer, source, refuse=refuse_removed), source)
-    return _fix_objective(merged, objective)
+    return _fix_objective(merged, objective, others)
 
 
 def _load_yaml(path: str | Path) -> Any:
@@ -196,7 +201,7 @@ def _without_removed(layer: DictConfig, source: str, *, refuse: bool) -> Any:
     return OmegaConf.create(values)
 
 
-def _fix_objective(config: DictConfig, objective: str | None) -> DictConfig:
+def _fix_objective(config: DictConfig, objective: str | None, others: tuple[str, ...]) -> DictConfig:
     """Make exactly one objective present; refuse a YAML written for another script."""
     names = [spec.name for spec in dataclasses.fields(ObjectiveConfig)]
     present = [name for name in names if config.objective[name] is not None]
@@ -207,7 +212,7 @@ def _fix_objective(config: DictConfig, objective: str | None) -> DictConfig:
         if not present:
             expected = " or ".join(f"objective.{name}" for name in names)
             raise ConfigError(f"objective: none is given; expected {expected}")
-    elif present and present != [objective]:
+    elif present and present[0] not in (objective, *others):
         raise ConfigError(
             f"objective.{present[0]} is given, but this script trains {objective}; "
             f"run launch/train_{present[0]}.py, or replace the section by objective.{objective}"

@@ -193,6 +193,8 @@ def _fields(row: Record | Drop) -> dict[str, Any]:
     images = [f"{len(i.data)} bytes {i.name}" if isinstance(i, ImageBytes) else shown(i) for i in row.images]
     history = "\n".join(f"{role}: {shown(text, SHOWN_LETTERS)}" for role, text in row.history)
     texts = {name: shown(getattr(row, name) or "-", SHOWN_LETTERS) for name in ("prompt", "chosen", "rejected")}
+    if row.label is not None:
+        texts = {"prompt": texts["prompt"], "completion": texts["chosen"], "label": str(row.label).lower()}
     tail = {"images": "\n".join(images) or "-", "answer": _either(row.answer)}
     return {"id": shown(row.id), "source": row.source, **({"history": history} if history else {}), **texts, **tail}
 

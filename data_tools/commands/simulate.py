@@ -11,7 +11,7 @@ from data_tools.letters import LetterProcessor, letter_lengths
 from data_tools.runs import RunData, count_tokens, num_uncounted, open_run, read_overrides
 from data_tools.simulate import balance, load_ranks, plan_ranks, sample_ids
 from pivot.data.plan import Plan, PlanSettings
-from pivot.data.samples import ROLES_OF_KIND
+from pivot.data.samples import ROLES_OF_KIND, UNPAIRED
 from pivot.data.shards import ShardSet
 
 UNLIMITED = 1 << 62
@@ -74,6 +74,7 @@ def _from_folder(options: argparse.Namespace) -> tuple[ShardSet, Plan, Any]:
         max_tokens_per_micro_batch=options.max_tokens_per_micro_batch or UNLIMITED,
         world_size=options.world_size,
         roles=ROLES_OF_KIND[shards.kind],
+        single_answers=shards.kind == UNPAIRED,
         describe=shards.describe,
     )
     plan = Plan(settings)

@@ -1,7 +1,7 @@
 """Any rows, with the names of their columns told by `--map field=column`; `a.b.0` reaches into nested values.
 
 Without a mapping: `prompt` (or question, instruction), `chosen`, `rejected`, and SFT rows with `prompt` and `response`
-(or answer, caption).
+(or answer, caption). With `--map label=COLUMN` each row is one answer that is desirable (true) or not.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.readers.media import reach
-from data_tools.readers.rows import Place, Row, accepted_of, text_of
+from data_tools.readers.rows import Place, Row, accepted_of, label_of_answer, text_of
 from data_tools.records import Drop, Record
 
 IMAGE = "image"  # the one field that is found in the same way for all formats
-FIELDS = ("id", "source", "prompt", "chosen", "rejected", IMAGE, "answer")
+FIELDS = ("id", "source", "prompt", "chosen", "rejected", IMAGE, "answer", "label")
 _USUAL = {
     "prompt": ("prompt", "question", "instruction", "query"),
     "chosen": ("chosen", "response", "completion", "caption", "answer"),
@@ -38,8 +38,9 @@ class Generic:
             source=place.source_of(fields),
             prompt=text_of(fields, "prompt"),
             chosen=text_of(fields, "chosen"),
-            rejected=text_of(fields, "rejected") if "rejected" in fields else None,
+            rejected=text_of(fields, "rejected") if "rejected" in fields and "label" not in fields else None,
             answer=accepted_of(fields),
+            label=label_of_answer(fields) if "label" in fields else None,
         )
 
     def _fields(self, row: Row) -> dict[str, Any]:

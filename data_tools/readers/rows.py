@@ -111,6 +111,22 @@ def label_of(row: Any, field: str) -> str | None:
     return str(value)
 
 
+LABELS = {"true": True, "false": False, "1": True, "0": False}  # as bool, as number, or as a CSV writes them
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value says yes or no."""
+    return isinstance(value, bool | int | str) and str(value).lower() in LABELS
+
+
+def label_of_answer(row: Row, field: str = "label") -> bool:
+    """Whether the row's one answer is desirable. Raises Malformed."""
+    value = row.get(field)
+    if not is_label(value):
+        raise Malformed(f"field {field} holds {shown(value)}, expected true (a desirable answer) or false")
+    return LABELS[str(value).lower()]
+
+
 def accepted_of(row: Row, field: str = "answer") -> str | tuple[str, ...] | None:
     """The right answer to a question, or several in a list that are equally right; None where there is none.
 

@@ -1,8 +1,9 @@
-"""TRL's vision format: `prompt`, `chosen`, `rejected` as lists of {role, content}, `images` as a list.
+"""TRL's vision formats: `prompt`, `chosen`, `rejected` as lists of {role, content}, `images` as a list.
 
 Content is text or parts. Without `prompt` the messages that chosen and rejected share at their start are the prompt;
 with it, chosen and rejected may be whole conversations that begin with its messages.
-Our own samples have this form too, so that packed shards can be packed again.
+Without pairs there are `prompt`, `completion`, as messages or as text, and `label`: true where it is desirable.
+Our own samples have these forms too, so that packed shards can be packed again.
 """
 
 from __future__ import annotations
@@ -11,15 +12,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_tools.readers.messages import Turn, answer_of, images_in, question_of, same_turns, turns_of
-from data_tools.readers.rows import Place, Row, accepted_of
+from data_tools.readers.rows import Place, Row, accepted_of, is_label, label_of_answer
 from data_tools.records import Drop, Malformed, Record
 
 
 def fits(row: Row) -> bool:
-    return _is_messages(row.get("chosen"))
+    return _is_messages(row.get("chosen")) or _is_unpaired(row)
+
+
+def _is_unpaired(row: Row) -> bool:
+    """Other formats, too, have a completion and a label of some kind; here it says yes or no."""
+    return row.get("completion") is not None and row.get("prompt") is not None and is_label(row.get("label"))
 
 
 def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
+    if row.get("chosen") is None and row.get("completion") is not None:
+        yield _read_unpaired(row, place)
+        return
     chosen = _turns(row.get("chosen"), "chosen", "assistant")
     rejected = None if row.get("rejected") is None else _turns(row["rejected"], "rejected", "assistant")
     if row.get("prompt") is not None:
@@ -43,6 +52,22 @@ def read_row(row: Row, place: Place) -> Iterator[Record | Drop]:
         images=carried,
         answer=accepted_of(row),
         history=history,
+    )
+
+
+def _read_unpaired(row: Row, place: Place) -> Record:
+    prompt, completion = _turns(row["prompt"], "prompt", "user"), _turns(row["completion"], "completion", "assistant")
+    history, question = question_of(prompt, "prompt")
+    return Record(
+        id=place.id_of(row),
+        source=place.source_of(row),
+        prompt=question,
+        chosen=answer_of(completion, "completion", prompt),
+        rejected=None,
+        images=images_in(_messages(row["prompt"]), "content"),
+        answer=accepted_of(row),
+        history=history,
+        label=label_of_answer(row),
     )
 
 

@@ -75,7 +75,7 @@ def open_run(script: str, words: list[str]) -> Run:
     """The run that `SCRIPT CONFIG [key=value ...]` trains. ValueError as the script itself would raise it."""
     objective = Path(script).stem.removeprefix("train_")
     words = [word for word in words if not word.startswith("-")]
-    if not words or objective not in ("dpo", "sft"):
+    if not words or objective not in ("dpo", "sft", "kto"):
         raise ValueError(f"found {shlex.join([script, *words])}, expected launch/train_dpo.py CONFIG [key=value ...]")
     return Run(Path(load_config(words[0], words[1:], objective).output_dir))
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pivot.batch import CHOSEN, REJECTED
 from pivot.data.manifest import Shard
 from pivot.data.order import mix64
-from pivot.data.samples import ROLES_OF_KIND, completions_of
+from pivot.data.samples import all_completions
 from pivot.data.shards import ShardSet
 from pivot.processor.conversation import ChangedAnswer
 from pivot.system import preemption, watchdog
@@ -38,8 +38,8 @@ BLOCK_ROWS = 500  # between two reports of progress
 LENGTH_RECORD = np.dtype(
     [
         ("prompt", "<u4"),  # all tokens of the prompt, image tokens among them; 0 where the template changes an answer
-        ("chosen", "<u4"),
-        ("rejected", "<u4"),  # 0 where the sample has none
+        ("chosen", "<u4"),  # 0 where the sample has none
+        ("rejected", "<u4"),  # likewise
         ("image", "<u4"),  # image tokens of the prompt
         ("same", "<u4"),  # 1 where chosen and rejected are the same tokens
         ("image_prefix", "<u4"),  # tokens of the prompt up to its last image token: what pairs about one image share
@@ -49,9 +49,17 @@ LENGTH_RECORD = np.dtype(
 LENGTHS_VERSION = 2  # part of the side-cars' folder: raise it when LENGTH_RECORD changes
 
 
+class Borrowed(NamedTuple):
+    """Of each row the answer to another's prompt that KTO scores beside its own; see borrowed.py."""
+
+    lender: np.ndarray  # int64[rows]: the row whose answer it is
+    is_rejected: np.ndarray  # bool[rows]: of its lender the rejected one
+    tokens: np.ndarray  # int64[rows]: how many of its first tokens
+
+
 @dataclass(frozen=True)
 class Lengths:
-    """int64[rows] each, as in LENGTH_RECORD."""
+    """int64[rows] each, as in LENGTH_RECORD; `borrowed` where the objective needs it."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -60,13 +68,21 @@ class Lengths:
     same: np.ndarray
     image_prefix: np.ndarray
     image_prefix_hash: np.ndarray
+    borrowed: Borrowed | None = None
 
     @classmethod
     def from_records(cls, records: np.ndarray) -> Lengths:
-        return cls(**{name: records[name].astype(np.int64) for name in LENGTH_RECORD.names or ()})
+        columns: dict[str, Any] = {name: records[name].astype(np.int64) for name in LENGTH_RECORD.names or ()}
+        return cls(**columns)
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    @property
+    def mismatched(self) -> np.ndarray:
+        """int64[rows]: tokens of the borrowed answers."""
+        assert self.borrowed is not None, "the plan of an objective that borrows answers needs borrowed.borrow"
+        return self.borrowed.tokens
 
     @property
     def fingerprint(self) -> str:
@@ -213,12 +229,13 @@ def count_tokens(shards: ShardSet, row: int, processor: Processor) -> tuple[int,
     """
     sample = shards.read_text(row)
     try:
-        encoded = processor.encode(sample["prompt"], completions_of(sample, ROLES_OF_KIND[sample["kind"]]))
+        encoded = processor.encode(sample["prompt"], all_completions(sample))
     except ChangedAnswer:
         return (0,) * len(LENGTH_RECORD.names or ())
     except ValueError as error:
         raise ValueError(f"{shards.describe(row)}: {error}") from error
-    chosen, rejected = encoded.completions[CHOSEN], encoded.completions.get(REJECTED, np.zeros(0, dtype=np.int64))
+    none = np.zeros(0, dtype=np.int64)
+    chosen, rejected = encoded.completions.get(CHOSEN, none), encoded.completions.get(REJECTED, none)
     image_tokens = encoded.num_images * processor.geometry.num_tokens
     same = int(np.array_equal(chosen, rejected))
     prefix = image_prefix(encoded.prompt, processor.image_token_id)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pivot.batch import DUMMY_SAMPLE, PackedBatch
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, MISMATCHED, REJECTED, PackedBatch
 from pivot.data.ahead import FetchAhead
 from pivot.data.collate import Completion, Example, collate, masked_example
 from pivot.data.images import ImageError, load_image
@@ -32,6 +32,7 @@ from pivot.system.sentences import in_our_words
 from pivot.system.workers import be_worker_of, ending
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from pivot.processor import EncodedPair, Processor
@@ -68,6 +69,7 @@ class MicroBatches(Dataset):
     def __init__(self, shards: ShardSet, plan: Plan, processor: Processor) -> None:
         self._shards, self._processor = shards, processor
         self._lengths, self._roles, self._image_trees = plan.lengths, plan.roles, plan.settings.image_trees
+        self._own_roles = tuple(role for role in self._roles if role != MISMATCHED)
 
     def __getitem__(self, task: Task) -> Made | Exception:
         """The micro-batch, or the error that ends the run: raised here it would be buried in torch's report of it."""
@@ -98,17 +100,32 @@ class MicroBatches(Dataset):
             sample, files = self._shards.read(row)
         except DamagedSample:
             sample, files = self._shards.read(row)  # a network file system may do better the second time
-        encoded = self._processor.encode(sample["prompt"], completions_of(sample, self._roles))
+        encoded = self._processor.encode(sample["prompt"], completions_of(sample, self._own_roles))
         self._check_lengths(row, encoded, len(files))
         names = [image["sha256"] for image in sample["images"]]
         for name, data in zip(names, files, strict=True):
             if name not in decoded:
                 decoded[name] = load_image(data, self._processor.geometry)
-        completions = [Completion(role, encoded.completions[role]) for role in self._roles]
+        completions = [Completion(role, ids) for role, ids in encoded.completions.items()]
+        if MISMATCHED in self._roles:
+            completions.append(Completion(MISMATCHED, self._borrow(row)))
         return Example(row, encoded.prompt, completions, [decoded[name] for name in names], names)
 
+    def _borrow(self, row: int) -> np.ndarray:
+        """The tokens of the answer to another prompt that the row borrows. Raises DamagedSample."""
+        assert self._lengths.borrowed is not None
+        lender, is_rejected, tokens = (column[row] for column in self._lengths.borrowed)
+        role = REJECTED if is_rejected else CHOSEN
+        try:
+            sample = self._shards.read_text(int(lender))
+        except ValueError:  # bytes that are no JSON: the whole sample has a checksum, and a second try
+            sample, _ = self._shards.read(int(lender))
+        encoded = self._processor.encode(sample["prompt"], completions_of(sample, (role,)))
+        return encoded.completions[role][: int(tokens)]
+
     def _check_lengths(self, row: int, encoded: EncodedPair, num_images: int) -> None:
-        encoded_lengths = {"prompt": len(encoded.prompt)} | {r: len(encoded.completions[r]) for r in self._roles}
+        encoded_lengths = {"prompt": len(encoded.prompt)}
+        encoded_lengths |= {role: len(encoded.completions.get(role, ())) for role in self._own_roles}
         expected = {name: int(getattr(self._lengths, name)[row]) for name in encoded_lengths}
         if encoded_lengths != expected:
             raise ValueError(

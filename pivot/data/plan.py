@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from pivot.batch import CHOSEN_TOKEN, REJECTED, SAMPLE, TARGET_TOKEN, StepCounts
+from pivot.batch import (
+    ANSWER,
+    CHOSEN,
+    CHOSEN_ANSWER,
+    CHOSEN_TOKEN,
+    REJECTED,
+    REJECTED_ANSWER,
+    SAMPLE,
+    TARGET_TOKEN,
+    StepCounts,
+)
 from pivot.data.dealing import cut, deal
 from pivot.data.lengths import Lengths
 from pivot.data.order import ORDER_VERSION, EpochOrder, MixtureOrder, MixtureSource
@@ -58,6 +68,7 @@ class PlanSettings:
     max_tokens_per_micro_batch: int
     world_size: int
     roles: tuple[str, ...]  # the completions that are scored
+    single_answers: bool = False  # a sample need not have both of a pair: the objective takes each answer by itself
     costs: Costs = PLAIN_COSTS
     window_shards: int | None = None  # shards that the order draws from at a time; None: all of them
     mixture: Sequence[MixtureSource] | None = None
@@ -81,11 +92,12 @@ class Plan:
         assert sum(settings.shard_sizes) == len(lengths), "lengths of another data set"
         self.settings, self.lengths, self.roles, self.limit = settings, lengths, settings.roles, settings.limit
         self.global_batch_size, self.world_size = settings.global_batch_size, settings.world_size
-        self.kept, self.exclusions = _exclude(lengths, settings.max_tokens, excluded)  # bool[rows], reason -> count
+        # bool[rows], reason -> count
+        self.kept, self.exclusions = _exclude(lengths, settings.max_tokens, excluded, settings.single_answers)
         self.parts = self._name_parts()
         if not self.kept.any():
             raise ValueError(f"no sample is left to train on; excluded: {self.exclusions}")
-        if REJECTED in self.roles and not lengths.rejected[self.kept].all():
+        if REJECTED in self.roles and not settings.single_answers and not lengths.rejected[self.kept].all():
             row = int(np.flatnonzero(self.kept & (lengths.rejected == 0))[0])
             raise ValueError(f"{settings.describe(row)} has no rejected completion; a preference objective needs pairs")
         groups = lengths.image_groups() if settings.image_trees else None
@@ -163,17 +175,28 @@ class Plan:
             micro_batches=[
                 [[int(ids[place]) for unit in row for place in units[unit].places] for row in rank] for rank in rows
             ],
-            counts=StepCounts(
-                {
-                    SAMPLE: len(ids),
-                    CHOSEN_TOKEN: int(self.lengths.chosen[ids].sum()),
-                    TARGET_TOKEN: int(self.lengths.completion_tokens(self.roles)[ids].sum()),
-                }
-            ),
+            counts=self._counts(ids),
             balance=sum(loads) / (len(loads) * max(loads)) if max(loads) > 0 else 1.0,
             cost=sum(loads),
             num_tokens=sum(tokens),
             num_units=len(units),
+        )
+
+    def _counts(self, ids: np.ndarray) -> StepCounts:
+        lengths = self.lengths
+        chosen, rejected = (
+            int(np.count_nonzero(getattr(lengths, role)[ids])) if role in self.roles else 0
+            for role in (CHOSEN, REJECTED)
+        )
+        return StepCounts(
+            {
+                SAMPLE: len(ids),
+                CHOSEN_TOKEN: int(lengths.chosen[ids].sum()),
+                TARGET_TOKEN: int(lengths.completion_tokens(self.roles)[ids].sum()),
+                CHOSEN_ANSWER: chosen,
+                REJECTED_ANSWER: rejected,
+                ANSWER: chosen + rejected,
+            }
         )
 
     def state(self, steps: int, masked: int) -> dict[str, Any]:
@@ -215,7 +238,9 @@ class Plan:
             )
 
 
-def _exclude(lengths: Lengths, max_tokens: int, excluded: np.ndarray | None) -> tuple[np.ndarray, dict[str, int]]:
+def _exclude(
+    lengths: Lengths, max_tokens: int, excluded: np.ndarray | None, single_answers: bool
+) -> tuple[np.ndarray, dict[str, int]]:
     """bool[rows] of what is kept, and the count of each reason for the rest.
 
     It looks at both completions whatever the objective scores, so that SFT and DPO twins keep the same pairs.
@@ -227,7 +252,7 @@ def _exclude(lengths: Lengths, max_tokens: int, excluded: np.ndarray | None) -> 
         "named in data.exclude": np.zeros(len(lengths), dtype=bool) if excluded is None else excluded,
         "whose answer the chat template changes (see data.chat_template)": lengths.prompt == 0,
         "chosen equals rejected": lengths.same == 1,
-        "zero-length completion": lengths.chosen == 0,
+        "zero-length completion": longest == lengths.prompt if single_answers else lengths.chosen == 0,
         "longer than data.max_tokens": longest > max_tokens,
     }
     for reason, hit in reasons.items():

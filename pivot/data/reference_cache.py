@@ -1,6 +1,7 @@
 """Reference log-probs: computed once, kept in side-cars beside the shards, never a resident reference model.
 
-`CACHE_DIR/ref/FINGERPRINT/SHARD.SHA256.npy` holds a record per sample, NaN where none was computed. The fingerprint
+`CACHE_DIR/ref/FINGERPRINT/SHARD.SHA256.npy` holds a record per sample, NaN where none was computed; for KTO also the
+log-prob of the answer that the sample borrows. The fingerprint
 covers weights, processor, image policy, precision, attention and LOGPROB_VERSION, so one changed byte is a miss, and a
 set's references are shared by every run that starts from the same weights.
 """
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import CHOSEN, DUMMY_SAMPLE, REJECTED, PackedBatch
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, MISMATCHED, REJECTED, PackedBatch
+from pivot.data.borrowed import BORROWED_VERSION
 from pivot.data.loader import Loader
 from pivot.data.plan import Plan
 from pivot.data.shards import ShardSet
@@ -27,10 +29,7 @@ from pivot.system.files import write_array
 
 LOGPROB_VERSION = 1  # raise it whenever the same weights and tokens would give other log-probs
 
-RECORD = np.dtype(
-    [("chosen_logp", "<f4"), ("rejected_logp", "<f4"), ("chosen_tokens", "<u4"), ("rejected_tokens", "<u4")]
-)
-ROLES = (CHOSEN, REJECTED)
+PAIR = (CHOSEN, REJECTED)
 Score = Callable[[PackedBatch], Tensor]  # a batch on the host -> float32[N], wherever that is computed
 
 
@@ -40,11 +39,23 @@ def reference_fingerprint(*, weights: str, processor: str, facts: dict[str, Any]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class ReferenceCache:
-    """The reference log-probs of one data set under one reference model."""
+def record_of(roles: tuple[str, ...]) -> np.dtype:
+    """The record of a sample with these roles: sums of log-probs, then numbers of tokens."""
+    return np.dtype([*((f"{role}_logp", "<f4") for role in roles), *((f"{role}_tokens", "<u4") for role in roles)])
 
-    def __init__(self, cache_dir: str | Path, fingerprint: str, shards: ShardSet) -> None:
-        self.folder = Path(cache_dir) / "ref" / fingerprint[:16]
+
+class ReferenceCache:
+    """The reference log-probs of one data set under one reference model.
+
+    Both answers of a pair are kept whatever is trained, so that runs can share them. With `borrowed` also that of the
+    answer to another prompt, in a folder of its own.
+    """
+
+    def __init__(self, cache_dir: str | Path, fingerprint: str, shards: ShardSet, *, borrowed: bool = False) -> None:
+        self._roles = (*PAIR, MISMATCHED) if borrowed else PAIR
+        self._record = record_of(self._roles)
+        name = f"{fingerprint[:16]}-borrowed{BORROWED_VERSION}" if borrowed else fingerprint[:16]
+        self.folder = Path(cache_dir) / "ref" / name
         self._shards = shards
         parts = [self._read(number) for number in range(len(shards.shards))]
         self._records = np.concatenate(parts)
@@ -58,10 +69,11 @@ class ReferenceCache:
         try:  # without looking first, as for the token counts
             records = np.load(path, allow_pickle=False)
         except FileNotFoundError:
-            empty = np.zeros(samples, dtype=RECORD)
-            empty["chosen_logp"] = empty["rejected_logp"] = np.nan
+            empty = np.zeros(samples, dtype=self._record)
+            for role in self._roles:
+                empty[f"{role}_logp"] = np.nan
             return empty
-        if records.dtype != RECORD or len(records) != samples:
+        if records.dtype != self._record or len(records) != samples:
             raise ValueError(f"{path} holds {records.shape} of {records.dtype}, expected {samples} records; delete it")
         return records
 
@@ -82,7 +94,7 @@ class ReferenceCache:
         Raises ValueError when a value is missing or not of these tokens.
         """
         logps = torch.zeros(batch.num_completions)
-        for role in ROLES:
+        for role in self._roles:
             index = batch.completions_of[role]
             index = index[batch.completion_weight[index] > 0]
             rows = batch.completion_rows[index].numpy()
@@ -127,12 +139,12 @@ class ReferenceCache:
 
     @torch.no_grad()
     def _score(self, batch: PackedBatch, score: Score) -> np.ndarray:
-        """The row and the RECORD of each pair, without dummies."""
+        """The row and the record of each sample, without dummies; 0 for an answer that it has not."""
         logps = batch.completion_logps(score(batch).float().cpu()).numpy()
         rows = batch.sample_index.numpy()
-        scored = np.zeros(len(rows), dtype=[("row", "<i8"), ("record", RECORD)])
+        scored = np.zeros(len(rows), dtype=[("row", "<i8"), ("record", self._record)])
         scored["row"] = rows
-        for role in ROLES:
+        for role in self._roles:
             index = batch.completions_of[role].numpy()
             group, weight = batch.group.numpy()[index], batch.completion_weight.numpy()[index]
             # A masked sample is done with, at infinity: NaN would keep its shard unfinished for ever.

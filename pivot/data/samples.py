@@ -7,6 +7,10 @@
      "images":   [{"member": "jpg", "w": 640, "h": 480, "sha256": "...", "origin": "coco/000.jpg"}],
      "answer": "a red cup", "rejected_images": null, "margin": null, "source": "rlaif-v", "meta": {}}
 
+Of kind "sft" there is no `rejected`; of kind "unpaired" neither, but one answer and what it is:
+
+     "completion": [{"role": "assistant", "content": "A red cup."}], "label": true,       true: desirable; false: not
+
 The image parts of the prompt name the images 0, 1, ... in this order, each once; completions hold text only. `answer`
 is what a generated answer is compared with: a text, a list of equally right ones, or null.
 """
@@ -23,7 +27,9 @@ from typing import Any
 from pivot.batch import CHOSEN, REJECTED
 
 SAMPLE_VERSION = 1
-ROLES_OF_KIND = {"preference": (CHOSEN, REJECTED), "sft": (CHOSEN,)}
+UNPAIRED = "unpaired"
+# The roles that samples of a kind have; one of kind unpaired has one of the two, by its label.
+ROLES_OF_KIND = {"preference": (CHOSEN, REJECTED), "sft": (CHOSEN,), UNPAIRED: (CHOSEN, REJECTED)}
 KEY_PATTERN = re.compile(r"[0-9A-Za-z_-]{1,80}")  # no dot: webdataset cuts the key at the first one
 MEMBER_PATTERN = re.compile(r"(img\d+\.)?(jpg|jpeg|png|webp)")
 
@@ -55,8 +61,11 @@ def check_sample(sample: Any) -> None:
     for field in ("id", "source"):
         if not isinstance(sample.get(field, ""), str | None):
             raise ValueError(f"field {field} is {sample[field]!r:.200}, expected text")
-    for field in ("prompt", *ROLES_OF_KIND[kind]):
+    answers = ("completion",) if kind == UNPAIRED else ROLES_OF_KIND[kind]
+    for field in ("prompt", *answers):
         _check_messages(field, sample.get(field))
+    if kind == UNPAIRED and not isinstance(sample.get("label"), bool):
+        raise ValueError(f"field label is {sample.get('label')!r:.200}, expected true (desirable) or false")
     images = sample.get("images")
     if not isinstance(images, list):
         raise ValueError("field images must be a list")
@@ -69,9 +78,9 @@ def check_sample(sample: Any) -> None:
             f"the prompt's image parts name the images {named}, but the sample holds {len(images)} image(s); "
             "expected each once, in order"
         )
-    for role in ROLES_OF_KIND[kind]:
-        if image_parts(sample[role]):
-            raise ValueError(f"field {role} holds an image part; only the prompt may")
+    for field in answers:
+        if image_parts(sample[field]):
+            raise ValueError(f"field {field} holds an image part; only the prompt may")
     answers_of(sample)
 
 
@@ -129,11 +138,19 @@ def message_text(messages: list[dict]) -> str:
 
 
 def completions_of(sample: Sample, roles: tuple[str, ...]) -> dict[str, list[dict]]:
-    """role -> messages. Raises ValueError when the sample's kind does not have a role."""
+    """role -> messages, of those roles that the sample has. Raises ValueError when its kind does not have a role."""
     missing = [role for role in roles if role not in ROLES_OF_KIND[sample["kind"]]]
     if missing:
         raise ValueError(f"sample {sample.get('id')} is of kind {sample['kind']} and has no {missing[0]} completion")
+    if sample["kind"] == UNPAIRED:
+        own = CHOSEN if sample["label"] else REJECTED
+        return {own: sample["completion"]} if own in roles else {}
     return {role: sample[role] for role in roles}
+
+
+def all_completions(sample: Sample) -> dict[str, list[dict]]:
+    """role -> messages of all that the sample has: chosen, rejected, or both."""
+    return completions_of(sample, ROLES_OF_KIND[sample["kind"]])
 
 
 def _check_messages(field: str, messages: Any) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from pivot.data.index import BYTES_PER_RECORD, check_shard, read_index, read_indexes
 from pivot.data.manifest import Part, read_part
 from pivot.data.remote import WINDOW_SHARDS, ShardCache, is_remote, join_url
-from pivot.data.samples import KEY_PATTERN, Sample, parse_sample
+from pivot.data.samples import KEY_PATTERN, UNPAIRED, Sample, parse_sample
 
 BLOCK = 512  # of a tar
 REGULAR = ("0", "\0")  # types of tar entries
@@ -56,6 +56,15 @@ def walk_entries(buffer: bytes) -> Iterator[tuple[str, str, memoryview]]:
             raise ValueError(f"no tar member at byte {position} of the sample")
         yield f"{folder}/{name}" if folder else name, chr(header[156]), view[body : body + size]
         position = body + -(-size // BLOCK) * BLOCK
+
+
+def require_kind(where: str, shards: ShardSet, *, single_answers: bool) -> None:
+    """Raise ValueError for a set of single labelled answers, unless they are what is learned from or scored."""
+    if shards.kind == UNPAIRED and not single_answers:
+        raise ValueError(
+            f"{where}: {shards.name} is of kind {UNPAIRED}, single answers with a label; only KTO learns from them "
+            "(launch/train_kto.py). Name a set of kind preference or sft, or train with KTO"
+        )
 
 
 class ShardSet:

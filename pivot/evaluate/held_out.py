@@ -14,8 +14,8 @@ from pivot.batch import CHOSEN, REJECTED
 from pivot.data.lengths import build_lengths, load_lengths
 from pivot.data.plan import Plan, PlanSettings
 from pivot.data.remote import ShardCache
-from pivot.data.samples import Sample, message_text
-from pivot.data.shards import ShardSet
+from pivot.data.samples import Sample, all_completions, message_text
+from pivot.data.shards import ShardSet, require_kind
 from pivot.evaluate.answers import accepted_answers, normalise_answer
 from pivot.processor import Processor
 from pivot.system import distributed
@@ -49,7 +49,9 @@ class HeldOut:
 
     @property
     def has_pairs(self) -> bool:
-        return REJECTED in self.plan.roles
+        """Whether all samples have both answers, and both are scored."""
+        plan = self.plan
+        return REJECTED in plan.roles and bool((plan.lengths.chosen * plan.lengths.rejected)[plan.kept].all())
 
     @property
     def blind_accuracy(self) -> float | None:
@@ -83,13 +85,16 @@ def open_held_out(
     max_tokens_per_micro_batch: int,
     say: Callable[[str], None],
     shard_cache: ShardCache | None = None,
+    single_answers: bool = False,
 ) -> HeldOut:
     """The first `num_samples` of the set in its fixed order. Collective. Raises ValueError when it lacks `roles`.
 
-    Both completions are scored wherever the set has both, whatever the objective learns from. The order of a remote set
+    Both completions are scored wherever the set has both, whatever the objective learns from; with `single_answers` a
+    sample need not have both. The order of a remote set
     is that of its local copy, so its shards stay in `shard_cache` (`fetched` in `cache_dir`) until all were read.
     """
     shards = ShardSet.open(path, shard_cache or ShardCache(cache_dir / "fetched"))
+    require_kind("held-out set", shards, single_answers=single_answers)
     shards.check_cache(whole=True)
     distributed.on_main(
         "counting tokens",
@@ -110,6 +115,7 @@ def open_held_out(
         max_tokens_per_micro_batch=max(max_tokens_per_micro_batch, 2 * max_tokens),
         world_size=world.size,
         roles=roles,
+        single_answers=single_answers,
         describe=shards.describe,
     )
     plan = Plan(settings)
@@ -136,7 +142,7 @@ def _group(sample: Sample, row: int) -> int:
 
 def _question(sample: Sample, row: int) -> Question:
     accepted = accepted_answers(sample)
-    expected = accepted[0] if accepted else message_text(sample[CHOSEN])
+    expected = accepted[0] if accepted else message_text(all_completions(sample).get(CHOSEN, []))
     kind = (sample.get("meta") or {}).get("type")
     text = message_text(sample["prompt"][-1:]).strip()
     return Question(row, str(sample["id"]), text, expected, accepted, None if kind is None else str(kind))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pivot.batch import CHOSEN, REFERENCE, REJECTED, PackedBatch, StepCounts
+from pivot.objectives.matching import match_step
 from pivot.system import distributed
 from pivot.system.distributed import World
 
@@ -41,18 +42,27 @@ def score_pairs(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """PAIR_RECORD[pairs] in the order of their rows, and the objective's loss and metrics over them. Collective.
 
-    `forward` maps a batch on the device to float32[N]. Samples that could not be read are left out of both.
+    `forward` maps a batch on the device to float32[N]. Samples that could not be read are left out of both. A loss that
+    depends on all pairs of a step is that of the steps that `source` gives.
     """
     terms, parts = Terms(objective), []
+    matching = None if objective is None else objective.matching
     for _, micro_batches in distributed.until_asked(source):
+        waiting: list[tuple[PackedBatch, Tensor]] = []  # what the rest of the step has yet to be matched with
         for host_batch in distributed.until_asked(micro_batches):
             if reference is not None:
                 host_batch.completion_values[REFERENCE] = reference.lookup(host_batch)
             batch = host_batch.to(world.device)
             token_logps = forward(batch)
             parts.append(_records(host_batch, batch.completion_logps(token_logps).float().cpu()))
-            if objective is not None:
+            if matching is not None:
+                waiting.append((host_batch, token_logps.float().cpu()))
+            elif objective is not None:
                 terms.add(objective(token_logps, batch), host_batch)
+        if objective is not None and matching is not None:
+            match_step(matching, [batch for batch, _ in waiting], [logps for _, logps in waiting], world)
+            for host_batch, token_logps in waiting:
+                terms.add(objective(token_logps, host_batch), host_batch)
     gathered = distributed.gather((np.concatenate(parts), terms.sums()))
     records = np.concatenate([records for records, _ in gathered])
     return records[np.argsort(records["row"], kind="stable")], terms.means([sums for _, sums in gathered])

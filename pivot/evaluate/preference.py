@@ -26,7 +26,7 @@ def run(subject: Subject) -> Result:
     """The share of pairs by summed log-prob, and by the mean of a token, which favours neither short nor long."""
     records = subject.records
     if not subject.held_out.has_pairs or not len(records):
-        return Result(skipped={PREFERENCE: "the held-out set has no rejected completions"})
+        return Result(skipped={PREFERENCE: "the held-out set has no rejected completions beside chosen ones"})
     outcome = preferred(records)
     metrics = {PREFERENCE: float(outcome.mean()), PER_TOKEN: float(preferred_per_token(records).mean())}
     return Result(metrics, {PREFERENCE: (records["row"], outcome)})

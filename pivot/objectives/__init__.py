@@ -1,4 +1,4 @@
-"""What is learned: SFT, or a preference loss, or a mix of them, behind one protocol.
+"""What is learned: SFT, a preference loss or a mix of them, or KTO, behind one protocol.
 
 `OBJECTIVES` is the only list of objectives. What the rest of a run has to know of one, it asks the objective.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pivot.objectives.kto import KTOObjective
+from pivot.objectives.matching import Matching
 from pivot.objectives.objective import Objective, Outcome, Term
 from pivot.objectives.preference import PreferenceObjective
 from pivot.objectives.sft import SFTObjective
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES",
+    "KTOObjective",
+    "Matching",
     "Objective",
     "Outcome",
     "PreferenceObjective",
@@ -25,7 +29,11 @@ __all__ = [
     "objective_class",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {"sft": SFTObjective, "dpo": PreferenceObjective}  # section -> class
+OBJECTIVES: dict[str, type[Objective]] = {  # section -> class
+    "sft": SFTObjective,
+    "dpo": PreferenceObjective,
+    "kto": KTOObjective,
+}
 
 
 def objective_class(section: ObjectiveConfig) -> type[Objective]:

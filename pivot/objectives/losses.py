@@ -6,6 +6,10 @@ options are fields of the run's `objective.dpo`, where their defaults and meanin
 run's mix takes is refused. `LOSSES` names the losses as TRL does. To add one: a function, its line in `LOSSES`, a test;
 for a new option also its field in `DPOConfig`.
 
+DPO's own stands here; margin_losses.py holds the others of the margin between the two answers of a pair,
+answer_losses.py those that take each answer by itself, reference_free.py those without a reference, and step_losses.py
+those of a whole step's answers.
+
 Letters: P pairs; w the chosen and l the rejected completion; h the difference of their log ratios.
 """
 
@@ -15,9 +19,20 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pivot.objectives.answer_losses import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from pivot.objectives.margin_losses import (
+    discopop,
+    exo_pair,
+    hinge,
+    ipo,
+    log_ratio_margin,
+    robust,
+    sigmoid_norm,
+)
+from pivot.objectives.reference_free import orpo, simpo
 
 
 class NumTokens(NamedTuple):
@@ -28,13 +43,6 @@ class NumTokens(NamedTuple):
 
 
 PreferenceLoss = Callable[..., Tensor]  # as above
-
-
-def log_ratio_margin(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor
-) -> Tensor:
-    """h = log(policy_w / ref_w) - log(policy_l / ref_l), float32[P]: small numbers are subtracted first."""
-    return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
 
 
 def sigmoid(
@@ -54,102 +62,27 @@ def sigmoid(
     return (1 - label_smoothing) * as_labelled + label_smoothing * flipped  # ericmitchell.ai/cdpo.pdf
 
 
-def robust(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    num_tokens: NumTokens,
-    *,
-    beta: float,
-    label_smoothing: float,
-) -> Tensor:
-    """Robust DPO: over labels flipped with probability e its mean is the DPO loss of the clean labels."""
-    reward_margin = beta * log_ratio_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    as_labelled = -F.logsigmoid(reward_margin)
-    flipped = -F.logsigmoid(-reward_margin)
-    # ((1 - e) L(w, l) - e L(l, w)) / (1 - 2e), arxiv.org/abs/2403.00409
-    return ((1 - label_smoothing) * as_labelled - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-
-
-def ipo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    num_tokens: NumTokens,
-    *,
-    beta: float,
-) -> Tensor:
-    """IPO as printed, with summed log-probs: the margin aimed at is 1 / (2 beta) nat, whatever the length.
-
-    TRL divides each log ratio by its completion's length, so its beta means something else: to come from there,
-    divide beta by the typical number of tokens.
-    """
-    margin = log_ratio_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return (margin - 1 / (2 * beta)).square()  # eq. 17, arxiv.org/abs/2310.12036, tau = beta
-
-
-def hinge(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    num_tokens: NumTokens,
-    *,
-    beta: float,
-) -> Tensor:
-    """RSO's hinge on the log ratios (SLiC's, normalised by the reference): no gradient from margin 1 / beta on."""
-    reward_margin = beta * log_ratio_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return torch.relu(1 - reward_margin)  # hinge-norm, arxiv.org/abs/2309.06657, gamma = beta
-
-
-def bco_pair(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    num_tokens: NumTokens,
-    *,
-    beta: float,
-    bco_shift: float,
-) -> Tensor:
-    """BCO: chosen and rejected classified each by itself, around the shift; shift 0 is TRL's `bco_pair`."""
-    reward_chosen = beta * (policy_chosen - ref_chosen)
-    reward_rejected = beta * (policy_rejected - ref_rejected)
-    keep = -F.logsigmoid(reward_chosen - bco_shift)  # arxiv.org/abs/2404.04656, delta = bco_shift
-    drop = -F.logsigmoid(-(reward_rejected - bco_shift))
-    return keep + drop
-
-
-def simpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    num_tokens: NumTokens,
-    *,
-    beta: float,
-    simpo_gamma: float,
-) -> Tensor:
-    """SimPO: rewards are mean log-probs, without a reference. The paper's beta is 2 to 10, its gamma 0.3 to 1.6."""
-    reward_chosen = beta * policy_chosen / num_tokens.chosen
-    reward_rejected = beta * policy_rejected / num_tokens.rejected
-    return -F.logsigmoid(reward_chosen - reward_rejected - simpo_gamma)  # eq. 6, arxiv.org/abs/2405.14734
-
-
 LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid": sigmoid,
     "robust": robust,
     "ipo": ipo,
     "hinge": hinge,
+    "exo_pair": exo_pair,
+    "discopop": discopop,
+    "sigmoid_norm": sigmoid_norm,
     "bco_pair": bco_pair,
+    "nca_pair": nca_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
     "simpo": simpo,
+    "orpo": orpo,
 }
-REFERENCE_FREE = frozenset({"simpo"})
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+OF_THE_MARGIN = frozenset({"sigmoid", "robust", "ipo", "hinge", "exo_pair", "discopop", "sigmoid_norm"})
 
 
 def options_of(loss: PreferenceLoss) -> tuple[str, ...]:
-    """The options that a loss takes: the names of its keyword-only parameters."""
+    """The options that a loss takes: the names of its keyword-only parameters, but for those with a default."""
     parameters = inspect.signature(loss).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)

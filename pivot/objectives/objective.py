@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from pivot.batch import PackedBatch
+from pivot.objectives.matching import Matching
 
 
 class Term(NamedTuple):
@@ -31,12 +32,16 @@ class Objective(Protocol):
     unit_name: ClassVar[str]  # what people call the samples that it learns from: pairs, samples
 
     roles: tuple[str, ...]  # the completions that it needs of each sample, in order
+    learns_from_single_answers: (
+        bool  # not pairs are compared: a set whose samples have one labelled answer each will do
+    )
     needs_reference: bool  # the batch must hold `completion_values[REFERENCE]`
     reference_folder: str | None  # whose weights the reference has; None: those that the run starts from
     # Reward per nat of log-prob that a completion gained over the reference, where there are such rewards: when a run
     # starts from its reference, the margins between chosen and rejected, in this scale, must be zero. None: no margins.
     margin_scale: float | None
     metrics_every_step: bool  # `after_step` must see every step's metrics, also of steps that are not logged
+    matching: Matching | None  # what must see a whole step before its losses can be computed; None: nothing
 
     def __init__(self, section: Any) -> None:
         """Of its own section; ValueError, with the key, for a setting that it cannot follow."""

@@ -2,14 +2,13 @@
 
     objective.dpo.loss: sigmoid
     objective.dpo.loss: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}      # MPO, arxiv.org/abs/2411.10442
+    objective.dpo: {loss: sigmoid, f_divergence_type: js_divergence}  # f-DPO; one divergence for all losses of a mix
 
 Letters: N targets, C completions, P pairs.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -18,13 +17,15 @@ import torch
 from torch import Tensor
 
 from pivot.batch import CHOSEN, CHOSEN_TOKEN, REFERENCE, REJECTED, SAMPLE, PackedBatch
-from pivot.objectives.losses import LOSSES, REFERENCE_FREE, NumTokens, options_of
+from pivot.objectives.divergences import DIVERGENCES
+from pivot.objectives.losses import OF_THE_MARGIN, REFERENCE_FREE, NumTokens, options_of
+from pivot.objectives.matching import Matching
+from pivot.objectives.mix import ALL_LOSSES, REVERSE_KL, SFT, check_options, names_text, read_mix
 from pivot.objectives.objective import Outcome, Term
+from pivot.objectives.step_losses import MATCHES, STEP_LOSSES, Partners
 
 if TYPE_CHECKING:
     from pivot.config import DPOConfig
-
-SFT = "sft"  # the mix's NLL on the chosen completions, per chosen token; the other terms are per pair
 
 
 class PairScores(NamedTuple):
@@ -39,7 +40,8 @@ class PairScores(NamedTuple):
 class PreferenceObjective:
     """Sums of the mix's terms and of TRL's metrics over a micro-batch; a masked pair adds exactly zero to each.
 
-    Where the mix needs no reference (simpo, sft), the rewards shown are SimPO's: beta times the mean log-prob.
+    Where the mix needs no reference (simpo, orpo, sft), the rewards shown are SimPO's: beta times the mean log-prob.
+    With aot or aot_unpaired in the mix, what a pair is compared with follows from all pairs of its step: `matching`.
     `bco_shift: running_mean` makes BCO's shift the mean reward of all steps so far: the one thing kept here between
     steps. The first step's shift is 0, which is its true value when the run starts from its reference.
     """
@@ -47,12 +49,15 @@ class PreferenceObjective:
     name: ClassVar[str] = "dpo"
     unit_name: ClassVar[str] = "pairs"
     roles: tuple[str, ...] = (CHOSEN, REJECTED)
+    learns_from_single_answers = False
 
     def __init__(self, section: DPOConfig) -> None:
         self._section = section
-        self.mix = _read_mix(section.loss)
-        _refuse_unread_options(section, set(self.mix))
-        self._taken = {name: options_of(LOSSES[name]) for name in self.mix if name != SFT}
+        self.mix = read_mix(section.loss)
+        check_options(section, set(self.mix))
+        self._taken = {name: options_of(ALL_LOSSES[name]) for name in self.mix if name != SFT}
+        self._step_losses = [name for name in self.mix if name in STEP_LOSSES]
+        self.matching: Matching | None = self if self._step_losses else None
         self.needs_reference = bool(set(self.mix) - REFERENCE_FREE - {SFT})
         self.reference_folder = section.reference
         self.margin_scale = section.beta if self.needs_reference else None
@@ -60,7 +65,9 @@ class PreferenceObjective:
         self.bco_shift = 0.0  # BCO's reward shift, in units of reward; the section says whether it moves
         self._num_steps = 0
         if section.reference is not None and not self.needs_reference:
-            raise ValueError(f"objective.dpo.reference: given, but {_names(self.mix)} needs no reference; remove it")
+            raise ValueError(
+                f"objective.dpo.reference: given, but {names_text(self.mix)} needs no reference; remove it"
+            )
 
     def __str__(self) -> str:
         return f"objective.dpo.loss: {self._section.loss}"
@@ -68,13 +75,14 @@ class PreferenceObjective:
     @staticmethod
     def describe(section: DPOConfig) -> str:
         loss = section.loss if isinstance(section.loss, str) else " + ".join(map(str, section.loss))
-        return f"{loss} · beta {section.beta}"
+        divergence = "" if section.f_divergence_type == REVERSE_KL else f" · {section.f_divergence_type}"
+        return f"{loss} · beta {section.beta}{divergence}"
 
     def __call__(self, token_logps: Tensor, batch: PackedBatch) -> Outcome:
         weight = batch.completion_weight[batch.pairs.chosen]
         num_tokens = NumTokens(*(batch.completion_tokens[index].clamp(min=1) for index in batch.pairs))
         scores = self._score(token_logps, batch)
-        terms = {name: self._term(name, scores, num_tokens, weight) for name in self.mix}
+        terms = {name: self._term(name, scores, num_tokens, weight, batch) for name in self.mix}
         metrics = self._metrics(scores, num_tokens, weight)
         if len(terms) > 1:
             metrics |= {f"loss/{name}": Term(term.total.detach(), term.unit) for name, term in terms.items()}
@@ -92,11 +100,42 @@ class PreferenceObjective:
         chosen, rejected = batch.pairs
         return PairScores(policy[chosen], policy[rejected], reference[chosen], reference[rejected])
 
-    def _term(self, name: str, scores: PairScores, num_tokens: NumTokens, weight: Tensor) -> Term:
+    def _term(self, name: str, scores: PairScores, num_tokens: NumTokens, weight: Tensor, batch: PackedBatch) -> Term:
         if name == SFT:
             return Term(-(weight * scores.policy_chosen).sum(), CHOSEN_TOKEN)
-        options = {option: self._option(option) for option in self._taken[name]}
-        return Term((weight * LOSSES[name](*scores, num_tokens, **options)).sum(), SAMPLE)
+        options: dict[str, Any] = {option: self._option(option) for option in self._taken[name]}
+        if name in STEP_LOSSES:
+            partners = batch.completion_values[_partners_of(name)]
+            options["partners"] = Partners(*(partners[index] for index in batch.pairs))
+        elif name in OF_THE_MARGIN:
+            scores = self._diverge(scores)
+        return Term((weight * ALL_LOSSES[name](*scores, num_tokens, **options)).sum(), SAMPLE)
+
+    def _diverge(self, scores: PairScores) -> PairScores:
+        """The scores whose log ratios are what the divergence makes of them; DPO's own go through as they are."""
+        kind, alpha = self._section.f_divergence_type, self._section.f_alpha_divergence_coef
+        if kind == REVERSE_KL:
+            return scores
+        chosen = DIVERGENCES[kind](scores.policy_chosen - scores.ref_chosen, alpha)
+        rejected = DIVERGENCES[kind](scores.policy_rejected - scores.ref_rejected, alpha)
+        return PairScores(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(rejected))
+
+    def pair_scores(self, token_logps: Tensor, batch: PackedBatch) -> Tensor:
+        """float32[P, 5]: the four scores of each pair and its weight, of a batch and its log-probs."""
+        return torch.stack([*self._score(token_logps, batch), batch.completion_weight[batch.pairs.chosen]], dim=1)
+
+    def match(self, pair_scores: Tensor) -> dict[str, Tensor]:
+        """name -> float32[P, 2]: what the sides of all pairs of a step are compared with, of their `pair_scores`.
+
+        A masked pair is compared with nothing, and nothing with it.
+        """
+        scored = pair_scores[:, 4] > 0
+        partners = {}
+        for name in self._step_losses:
+            of_name = torch.zeros(len(pair_scores), 2)
+            of_name[scored] = torch.stack(MATCHES[name](*pair_scores[scored, :4].unbind(1)), dim=1)
+            partners[_partners_of(name)] = of_name
+        return partners
 
     def _option(self, name: str) -> float:
         return self.bco_shift if name == "bco_shift" else getattr(self._section, name)
@@ -149,34 +188,6 @@ class PreferenceObjective:
             self._num_steps = int(state["num_steps"])
 
 
-def _read_mix(loss: str | Mapping[str, float]) -> dict[str, float]:
-    mix = {loss: 1.0} if isinstance(loss, str) else {str(name): float(weight) for name, weight in loss.items()}
-    known = [*LOSSES, SFT]
-    for name in mix:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"objective.dpo.loss: found '{name}', expected one of {', '.join(known)}{hint}")
-    if not any(weight > 0 for weight in mix.values()):
-        raise ValueError(f"objective.dpo.loss: found {mix}, expected at least one weight above 0")
-    return mix
-
-
-def _refuse_unread_options(section: DPOConfig, names: set[str]) -> None:
-    """ValueError for an option that is not at its default, and that no loss of the mix takes: it would do nothing."""
-    takers: dict[str, list[str]] = {}
-    for name, loss in LOSSES.items():
-        for option in options_of(loss):
-            takers.setdefault(option, []).append(name)
-    del takers["beta"]  # the rewards that are shown have it, whatever the loss
-    for spec in dataclasses.fields(section):
-        value = getattr(section, spec.name)
-        if spec.name in takers and value != spec.default and not names & set(takers[spec.name]):
-            raise ValueError(
-                f"objective.dpo.{spec.name}: found {value}, but {_names(names)} does not read it; "
-                f"remove it, or choose a loss that does: {', '.join(sorted(takers[spec.name]))}"
-            )
-
-
-def _names(names: Any) -> str:
-    return f"the loss {' + '.join(sorted(names))}"
+def _partners_of(name: str) -> str:
+    """Where a batch's `completion_values` hold what a loss of the step compares each answer with."""
+    return f"{name}/partner"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pivot.batch import CHOSEN, SAMPLE, TARGET_TOKEN, PackedBatch
+from pivot.objectives.matching import Matching
 from pivot.objectives.objective import Outcome, Term
 
 
@@ -22,10 +23,12 @@ class SFTObjective:
     name: ClassVar[str] = "sft"
     unit_name: ClassVar[str] = "samples"
     roles: tuple[str, ...] = (CHOSEN,)
+    learns_from_single_answers = False
     needs_reference = False
     reference_folder: str | None = None
     margin_scale: float | None = None
     metrics_every_step = False
+    matching: Matching | None = None
 
     def __init__(self, section: Any) -> None:
         """There is nothing to set."""

@@ -228,6 +228,7 @@ def _training_charts(run: ReportedRun) -> list[Chart]:
         Chart("Reward accuracy", [series("share of pairs", 1, "rewards/accuracies")], bounds=(0, 1), level=0.5),
         Chart("Rewards", _pair_series(series, "rewards/"), "beta times the log ratio to the reference"),
         Chart("Log-probability", _pair_series(series, "logps/"), "nat per answer"),
+        Chart("KL", [series("kl", 1, "kl")], "nat per answer to another prompt: what KTO measures gains from"),
         Chart("Learning rate", per_component("lr", smooth=False), peak=True),
         Chart("Gradient norm", [*per_component("grad_norm", smooth=True), series("all", 4, "grad_norm")], log=True),
         Chart("Update ratio", per_component("update_ratio", smooth=True), "|update| / |weights| of a step", log=True),

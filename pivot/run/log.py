@@ -84,7 +84,7 @@ class RunLog:
         now = time.monotonic()
         first, when = self._clock = self._clock or (step, now)
         eta = _clock((now - when) / (step - first) * (self._total_steps - step)) if step > first else "--:--"
-        shown = ["loss", "rewards/accuracies", "rewards/margins", "grad_norm", "perf/pairs_per_s", "perf/mfu"]
+        shown = ["loss", "rewards/accuracies", "rewards/margins", "kl", "grad_norm", "perf/pairs_per_s", "perf/mfu"]
         values = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
         line = f"step {step}/{self._total_steps}  {values}  left {eta}"
         if self._file is None:

@@ -111,7 +111,7 @@ def _empty_example(plan: Plan, row: int, geometry: ImageGeometry) -> Example:
     return Example(
         row,
         prompt,
-        [Completion(role, np.full(getattr(lengths, role)[row], TEXT_TOKEN)) for role in plan.roles],
+        [Completion(role, np.full(count, TEXT_TOKEN)) for role in plan.roles if (count := getattr(lengths, role)[row])],
         pixels=[torch.zeros(3, geometry.size, geometry.size, dtype=torch.uint8)] * num_images,
         image_ids=[f"{lengths.image_prefix_hash[row]}-{number}" for number in range(num_images)],
     )

@@ -6,15 +6,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pivot.batch import MISMATCHED
 from pivot.config import Config, TrainSource
 from pivot.config_check import read_train_sources
+from pivot.data.borrowed import borrow
 from pivot.data.exclude import read_excluded
 from pivot.data.lengths import load_lengths
 from pivot.data.order import build_mixture
 from pivot.data.plan import PlanSettings
 from pivot.data.remote import WINDOW_SHARDS, ShardCache
-from pivot.data.shards import ShardSet
+from pivot.data.shards import ShardSet, require_kind
 from pivot.models.skeleton import Skeleton
+from pivot.objectives import Objective
 from pivot.processor import Processor
 from pivot.startup.flops import training_costs
 
@@ -59,21 +62,26 @@ def resolve_plan(
     processor: Processor,
     skeleton: Skeleton,
     *,
-    roles: tuple[str, ...],
+    objective: Objective,
     world_size: int,
 ) -> PlanSettings:
-    """The settings of the run's plan. ValueError where tokens were not counted yet."""
+    """The settings of the run's plan. ValueError where tokens were not counted yet, and for a set of the wrong kind."""
     shards = data.shards
+    require_kind("data.train", shards, single_answers=objective.learns_from_single_answers)
+    lengths = load_lengths(shards, processor, data.cache_dir)
+    if MISMATCHED in objective.roles:
+        lengths = borrow(lengths, shards.shard_sizes)
     return PlanSettings(
         fingerprint=shards.fingerprint,
         shard_sizes=shards.shard_sizes,
-        lengths=load_lengths(shards, processor, data.cache_dir),
+        lengths=lengths,
         seed=config.train.seed,
         global_batch_size=config.train.global_batch_size,
         max_tokens=config.data.max_tokens,
         max_tokens_per_micro_batch=config.train.max_tokens_per_micro_batch,
         world_size=world_size,
-        roles=roles,
+        roles=objective.roles,
+        single_answers=objective.learns_from_single_answers,
         describe=shards.describe,
         image_trees=config.data.image_trees,
         window_shards=WINDOW_SHARDS if shards.is_remote else None,

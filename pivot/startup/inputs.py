@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pivot.batch import MISMATCHED
 from pivot.config import COMPONENTS, Config
 from pivot.config_check import read_deepspeed_json
 from pivot.data.lengths import build_lengths
@@ -73,9 +74,11 @@ def open_inputs(config: Config, world: World, say: Say) -> Inputs:
     data = open_training_data(config)
     data = replace(data, cache_dir=distributed.broadcast(data.cache_dir))
     _count_tokens(data, processor, config.data.workers, say)
-    settings = resolve_plan(config, data, processor, skeleton, roles=objective.roles, world_size=world.size)
+    settings = resolve_plan(config, data, processor, skeleton, objective=objective, world_size=world.size)
     plan = Plan(settings)
     _require_images(config, plan)
+    if objective.learns_from_single_answers:
+        _require_both_labels(plan)
     distributed.require_equal("the data plan", plan.fingerprint)
     steps = config.train.max_steps or math.ceil((config.train.num_epochs or 0) * plan.steps_per_epoch)
     held_out = _open_held_out(config, data, processor, objective, world, say)
@@ -130,6 +133,16 @@ def _require_images(config: Config, plan: Plan) -> None:
         )
 
 
+def _require_both_labels(plan: Plan) -> None:
+    """Raise ValueError where all answers are good ones, or all bad: one way lies open, and nothing holds the model."""
+    chosen, rejected = (int((column[plan.kept] > 0).sum()) for column in (plan.lengths.chosen, plan.lengths.rejected))
+    if not (chosen and rejected):
+        raise ValueError(
+            f"data.train: {chosen} answers are desirable and {rejected} are not, but KTO needs both; add some of the "
+            "other label to the data (python -m data_tools info counts them), or train with SFT on desirable ones alone"
+        )
+
+
 def _open_held_out(
     config: Config, data: TrainingData, processor: Processor, objective: Objective, world: World, say: Say
 ) -> HeldOut | None:
@@ -139,7 +152,8 @@ def _open_held_out(
         config.data.eval,
         processor,
         world,
-        roles=objective.roles,
+        roles=tuple(role for role in objective.roles if role != MISMATCHED),
+        single_answers=objective.learns_from_single_answers,
         cache_dir=distributed.broadcast(resolve_cache_dir(config, config.data.eval)),
         num_samples=config.evaluate.num_samples,
         max_tokens=config.data.max_tokens,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pivot.batch import PackedBatch
+from pivot.batch import MISMATCHED, PackedBatch
 from pivot.config import Config, ConfigError
 from pivot.data.plan import Plan
 from pivot.data.reference_cache import ReferenceCache, Score, reference_fingerprint
@@ -28,7 +28,7 @@ from pivot.system.distributed import World
 
 @dataclass(frozen=True)
 class References:
-    """Complete caches; None where the objective needs none, or the held-out set has no pairs."""
+    """Complete caches; None where the objective needs none, or there is no held-out set."""
 
     train: ReferenceCache | None = None
     held_out: ReferenceCache | None = None
@@ -50,7 +50,7 @@ def open_references(
     distributed.check_preemption()
 
     def complete(shards: ShardSet, cache_dir: Path, plan: Plan) -> ReferenceCache:
-        cache = ReferenceCache(cache_dir, fingerprint, shards)
+        cache = ReferenceCache(cache_dir, fingerprint, shards, borrowed=MISMATCHED in plan.roles)
         missing = distributed.broadcast(cache.first_missing(plan))
         if missing is not None:
             started = time.monotonic()
@@ -63,7 +63,7 @@ def open_references(
     plan = inputs.plan.another(limit=int(inputs.plan.kept.sum()), mixture=None, window_shards=1)
     train = complete(inputs.data.shards, inputs.data.cache_dir, plan)
     held_out = inputs.held_out
-    if held_out is None or not held_out.has_pairs:
+    if held_out is None:
         return References(train)
     return References(train, complete(held_out.shards, held_out.cache_dir, held_out.plan))
 

@@ -50,14 +50,18 @@ def margin_tolerance(
 def _repack(plan: Plan) -> Plan:
     """A walk over REPACKED_PAIRS of them, in rows as short as may be."""
     lengths, limit = plan.lengths, min(REPACKED_PAIRS, plan.num_pairs)
-    longest = int((lengths.prompt + lengths.chosen + lengths.rejected)[plan.kept].max())
+    longest = int((lengths.prompt + lengths.completion_tokens(plan.roles))[plan.kept].max())
     return plan.another(limit=limit, global_batch_size=limit, max_tokens_per_micro_batch=longest, image_trees=False)
 
 
 def start_margins(batch: PackedBatch, token_logps: Tensor) -> Tensor:
-    """float32[P]: (policy - reference) of chosen minus the same of rejected, 0 for masked pairs."""
+    """float32[..]: (policy - reference) of chosen minus the same of rejected, 0 for masked pairs; then that of each
+    completion without a partner, alone."""
     change = batch.completion_logps(token_logps) - batch.completion_values[REFERENCE]
-    return (change[batch.pairs.chosen] - change[batch.pairs.rejected]) * batch.completion_weight[batch.pairs.chosen]
+    change = torch.where(batch.completion_weight > 0, change, 0.0)
+    chosen, rejected = batch.pairs
+    alone = torch.ones_like(change, dtype=torch.bool).index_fill(0, torch.cat([chosen, rejected]), False)
+    return torch.cat([change[chosen] - change[rejected], torch.where(alone, change, 0.0)])
 
 
 def require_zero_margins(margins: Tensor, tolerance: float, world: distributed.World) -> None:

@@ -145,3 +145,28 @@ def random_lengths(count: int, seed: int = 0) -> Lengths:
     records["chosen"] = random.integers(1, 41, count)
     records["rejected"] = random.integers(1, 41, count)
     return Lengths.from_records(records)
+
+
+def answer_rows(count: int) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Rows in TRL's unpaired format: two questions to a picture, every seventh without one, every third answer bad."""
+    rows, images = [], {}
+    for i in range(count):
+        desirable = i % 3 != 2
+        content: list[dict[str, Any]] = [{"type": "text", "text": f"Which colour, {i}?" + "?" * (i % 5)}]
+        row: dict[str, Any] = {"id": f"r{i}", "label": desirable, "images": []}
+        if i % 7:
+            images[f"{i // 2}.png"] = image_bytes(i // 2)
+            row["images"] = [f"{i // 2}.png"]
+            content.insert(0, {"type": "image"})
+        row["prompt"] = [{"role": "user", "content": content}]
+        row["completion"] = [{"role": "assistant", "content": ("red", "dark blue")[i % 2] if desirable else "no idea"}]
+        rows.append(row)
+    return rows, images
+
+
+def make_answer_set(folder: Path, name: str = "answers", count: int = 24, samples_per_shard: int = 8) -> ShardSet:
+    """A packed set of kind unpaired in `folder`/`name`."""
+    source = write_rows(folder / f"{name}-source", *answer_rows(count))
+    result = pack(PackOptions(source=source, out=folder / name, name=name, samples_per_shard=samples_per_shard))
+    assert result.complete, result.tally
+    return ShardSet.open(folder / name)

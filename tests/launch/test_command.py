@@ -185,7 +185,7 @@ def test_help_says_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, shown.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("script", ["train_sft", "train_dpo"])
+@pytest.mark.parametrize("script", ["train_sft", "train_dpo", "train_kto"])
 def test_scripts_start_from_anywhere(script: str, tmp_path: Path) -> None:
     """A checkout works without being installed, and --help needs no package."""
     path = REPOSITORY / "launch" / f"{script}.py"

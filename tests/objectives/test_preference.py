@@ -20,6 +20,8 @@ MIXES = [*LOSSES, "sft", MPO, {"simpo": 1.0, "sft": 0.1}]
 
 
 def build(loss, **options) -> PreferenceObjective:
+    if loss == "exo_pair":
+        options = {"label_smoothing": 0.001, **options}  # the paper's; it has no value with 0
     return PreferenceObjective(DPOConfig(loss=loss, **options))
 
 
@@ -183,7 +185,9 @@ def test_state_of_another_setting_is_refused():
     [
         (DPOConfig(loss="sigmoyd"), "objective.dpo.loss: found 'sigmoyd'.*did you mean 'sigmoid'"),
         (DPOConfig(loss={"sigmoid": 0.0}), "at least one weight above 0"),
-        (DPOConfig(loss="hinge", label_smoothing=0.1), "label_smoothing: found 0.1.*choose a loss that does: robust"),
+        (DPOConfig(loss="hinge", label_smoothing=0.1), "label_smoothing: found 0.1.*loss that does: aot.*robust"),
+        (DPOConfig(loss="exo_pair"), "label_smoothing: found 0, with which exo_pair is infinite"),
+        (DPOConfig(loss="sigmoid", discopop_tau=0.1), "discopop_tau: found 0.1.*choose a loss that does: discopop"),
         (DPOConfig(loss="sigmoid", bco_shift="running_mean"), "bco_shift: found running_mean.*bco_pair"),
         (DPOConfig(loss="sigmoid", simpo_gamma=1.0), "simpo_gamma: found 1.0.*simpo"),
         (DPOConfig(loss="simpo", reference="runs/a/export"), "objective.dpo.reference: given"),
