@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from command import AGAIN, FAILED, INTERRUPTED, OK
 from stopping import run_until_stopped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,3 +48,27 @@ def run_here(script: str, words: list[str]) -> tuple[int, bool]:
     if not has_gpu():
         environment = {"DS_ACCELERATOR": "cpu"} | environment  # else each of DeepSpeed's processes says so
     return run_until_stopped(command, environment, ROOT)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run in `folder` came to its end."""
+    from pivot.run.status import DONE
+    from pivot.system.files import read_object
+
+    return read_object(folder / "status").get("status") == DONE
+
+
+def run_to_end(title: str, script: str, words: list[str], folder: Path) -> int:
+    """OK when the run in `folder` is done, now or before. FAILED; or INTERRUPTED or AGAIN when a signal stopped it."""
+    if is_done(folder):
+        print(f"\n== {title} is done", flush=True)
+        return OK
+    print(f"\n== {title}\n$ {shown_command(script, words)}", flush=True)
+    code, stopped = run_here(script, words)
+    if stopped or code == AGAIN:
+        print(f"\n{title} was stopped; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED if stopped else AGAIN
+    if code == OK and is_done(folder):
+        return OK
+    print(f"error: {title} failed; its reason is above and in {folder / 'status'}", file=sys.stderr)
+    return FAILED

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command import AGAIN, FAILED, INTERRUPTED, OK, ROOT, tell_error
-from local import run_here, shown_command
+from command import OK, ROOT, tell_error
+from local import run_to_end, shown_command
 
 CONFIGS = ROOT / "launch/configs/pivot"
 ARMS = {"base": "1b_pretrain", "sft": "2_sft", "dpo": "2_dpo", "mpo": "2_mpo"}  # whose encoder each arm swaps
@@ -95,27 +95,12 @@ def words_of(stage: Stage, folder: Path, layers: list[dict[str, list[str]]]) -> 
     return words
 
 
-def is_done(folder: Path) -> bool:
-    from pivot.run.status import DONE
-    from pivot.system.files import read_object
-
-    return read_object(folder / "status").get("status") == DONE
-
-
 def run_stage(stage: Stage, folder: Path, words: list[str]) -> int:
     """OK when it is done, before or now, and its frozen encoder has not moved."""
-    if not is_done(folder / stage.name):
-        print(f"\n== {stage.name}\n$ {shown_command(stage.script, words)}", flush=True)
-        code, stopped = run_here(stage.script, words)
-        if stopped or code == AGAIN:
-            print(f"\n{stage.name} was stopped; the same command goes on where it was", file=sys.stderr)
-            return INTERRUPTED if stopped else AGAIN
-        if code != OK or not is_done(folder / stage.name):
-            print(f"error: {stage.name} failed; its reason is above", file=sys.stderr)
-            return code or FAILED
-    if stage.freezes_encoder and stage.before is not None:
+    code = run_to_end(stage.name, stage.script, words, folder / stage.name)
+    if code == OK and stage.freezes_encoder and stage.before is not None:
         require_same_encoder(folder / stage.before / "export", folder / stage.name / "export")
-    return OK
+    return code
 
 
 def require_same_encoder(before: Path, after: Path) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command import AGAIN, FAILED, INTERRUPTED, OK, ROOT, tell_error
-from local import run_here, shown_command
+from local import run_to_end
 
 SHOWN = re.compile(r"[^A-Za-z0-9._=,+-]+")  # what a folder's name does not hold
 
@@ -82,31 +82,16 @@ def make_cells(grid: dict[str, list[str]], folder: Path) -> list[Cell]:
     return cells
 
 
-def is_done(folder: Path) -> bool:
-    from pivot.run.status import DONE
-    from pivot.system.files import read_object
-
-    return read_object(folder / "status").get("status") == DONE
-
-
 def run_all(cells: list[Cell], script: str, config: Path, overrides: list[str]) -> int:
     """Train what is not done yet. A run that fails is named and the others go on; a signal ends all."""
-    failed = []
+    worst = OK
     for number, cell in enumerate(cells, 1):
-        if is_done(cell.folder):
-            print(f"\n== {number} of {len(cells)}: {cell.folder} is done", flush=True)
-            continue
-        words = [str(config), *overrides, *cell.words()]
-        print(f"\n== {number} of {len(cells)}: {cell.folder}\n$ {shown_command(script, words)}", flush=True)
-        code, stopped = run_here(script, words)
-        if stopped or code == AGAIN:
-            print("\nthe sweep was stopped; the same command goes on where it was", file=sys.stderr)
-            return INTERRUPTED if stopped else AGAIN
-        if code != OK or not is_done(cell.folder):
-            failed.append(cell.folder)
-    for folder in failed:
-        print(f"error: {folder} failed; its reason is above and in {folder / 'status'}", file=sys.stderr)
-    return FAILED if failed else OK
+        title = f"{number} of {len(cells)}: {cell.folder}"
+        code = run_to_end(title, script, [str(config), *overrides, *cell.words()], cell.folder)
+        if code in (INTERRUPTED, AGAIN):
+            return code
+        worst = max(worst, code)
+    return worst
 
 
 def submit(cells: list[Cell], script: str, config: Path, overrides: list[str], options: str, folder: Path) -> int:
