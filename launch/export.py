@@ -1,4 +1,7 @@
-"""Export a checkpoint as a model: `python launch/export.py RUN_OR_CHECKPOINT --out DIR`. No GPU is needed."""
+"""Export a checkpoint as a model: `python launch/export.py RUN_OR_CHECKPOINT --out DIR`. No GPU is needed.
+
+With `--encoder hf|open_clip|timm` it is the encoder alone, as that library keeps one.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,22 @@ def main(arguments: list[str]) -> int:
         "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run (its newest sound checkpoint), or one"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder, or one to be made")
+    parser.add_argument(
+        "--encoder",
+        choices=("hf", "open_clip", "timm"),
+        help="write the vision encoder alone, whole and as its own library (named here) keeps one; it is read back by "
+        "that library, and its features are compared",
+    )
     options = parser.parse_args(arguments)
     try:
-        from pivot.run.export import export_checkpoint  # here, so that --help needs nothing installed
+        from pivot.run import export  # here, so that --help needs nothing installed
         from pivot.system.redact import tell
 
-        export_checkpoint(options.path, options.out, tell)
+        if options.encoder is None:
+            export.export_checkpoint(options.path, options.out, tell)
+        else:
+            library = export.ENCODER_OPTIONS[options.encoder]
+            export.export_encoder(options.path, options.out, library, tell)
         tell(f"exported   {options.out}")
         return OK
     except Exception as error:

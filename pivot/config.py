@@ -57,12 +57,19 @@ class VisionTowerConfig:
 
     path: str | None = key(
         None,
-        "folder, hub id, CONFIG.json (random weights), or open_clip:MODEL[@TAG_OR_FILE]; null: taken from init_from",
+        "folder, hub id, CONFIG.json (random weights), open_clip:MODEL[@TAG_OR_FILE], or timm:MODEL[@FILE] (timm's "
+        "local-dir:FOLDER and hf-hub:ID count as MODEL); null: taken from init_from",
     )
-    layer: int = key(-2, "index into the hidden states as in HF LLaVA: -2 is the output of the last block but one")
+    layer: int = key(
+        -2, "index into the hidden states as in HF LLaVA: -2 is the output of the last block (ConvNeXt: stage) but one"
+    )
     post_norm: bool = key(False, "apply the encoder's final norm to the features")
     cls: str = key("drop", "what becomes of the CLS token's feature", choices=("drop", "keep"))
-    image_size: int | None = key(None, "pixels a side; null: the encoder's own")
+    registers: str = key("drop", "what becomes of the register tokens' features", choices=("drop", "keep"))
+    image_size: int | None = key(
+        None,
+        "pixels a side; null: the encoder's own; for another one its positions are resampled once, when it is loaded",
+    )
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -27,7 +28,7 @@ def load_strictly(model_class: Any, path: str, where: str, *, accepted: Iterable
     try:
         model, info = model_class.from_pretrained(
             path,
-            attn_implementation="sdpa",
+            attn_implementation=attention_of(model_class),
             trust_remote_code=False,
             weights_only=True,
             output_loading_info=True,
@@ -56,6 +57,45 @@ def check_loading(info: dict[str, Any], where: str, accepted: Iterable[str] = ()
             )
 
 
+def require_weights(folder: Path, where: str) -> None:
+    """ValueError, starting with `where`, unless a folder holds weights: each file that an index names, none cut short.
+
+    Only the files' headers are read.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    named = {name for index in indices for name in json.loads(index.read_text("utf-8")).get("weight_map", {}).values()}
+    files = [folder / name for name in sorted(named)] or sorted(folder.glob("*.safetensors"))
+    if not files and not any(file.suffix in (".bin", ".pth", ".pt") for file in folder.iterdir()):
+        raise ValueError(f"{where}: no weights in {folder}; expected model.safetensors beside its config.json")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{where}: {file} is missing, which the index of weights names; copy the folder again")
+        require_whole(file, where)
+
+
+def require_whole(file: Path, where: str) -> None:
+    """ValueError, starting with `where`, for a .safetensors file that is shorter than its header says."""
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{where}: {file} is damaged or was cut short ({error}); copy it again") from error
+
+
+def holds_tensor(path: str, name: str) -> bool:
+    """Whether the weights in a folder or of a hub id hold a tensor whose name ends so; False where they are pickled."""
+    index = read_json(path, "model.safetensors.index.json")
+    if index:
+        return any(key.endswith(name) for key in index["weight_map"])
+    file = find_file(path, "model.safetensors")
+    if file is None:
+        return False
+    with safe_open(file, framework="pt") as tensors:
+        return any(key.endswith(name) for key in list(tensors.keys()))
+
+
 def build_random(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model with random weights, the same on every rank and ZeRO stage that starts from the same seed.
 
@@ -63,8 +103,13 @@ def build_random(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     numbers. DeepSpeed partitions it when the engine is built; what starts from scratch is small.
     """
     config.dtype = dtype
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention_of(model_class)
     return model_class(config).to(dtype=dtype)
+
+
+def attention_of(model_class: Any) -> str:
+    """torch's own, but for a network without attention, which refuses to hear of any."""
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 def draws_weights(path: str) -> bool:
@@ -150,15 +195,20 @@ def read_json(path: str, name: str) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
 
 
-def build_shell(model_class: type[PreTrainedModel], config: Any, values: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model without memory that `values` fit: each parameter has one of its shape, and no other is given."""
+def build_shell(
+    model_class: type[PreTrainedModel], config: Any, values: Mapping[str, Tensor], **settings: Any
+) -> PreTrainedModel:
+    """A model without memory that `values` fit: each parameter has one of its shape, and no other is given.
+
+    `settings` go to its constructor.
+    """
     dtypes = {value.dtype for value in values.values()}
     if len(dtypes) != 1:
         raise RuntimeError(f"expected all parameters of one dtype, found {sorted(map(str, dtypes))}; cast them first")
     config.dtype = dtypes.pop()
-    config._attn_implementation = "sdpa"  # ours (the prefix tree) means nothing to others
+    config._attn_implementation = attention_of(model_class)  # ours (the prefix tree) means nothing to others
     with torch.device("meta"):
-        shell = model_class(config)
+        shell = model_class(config, **settings)
     expected = {name: parameter.shape for name, parameter in shell.named_parameters()}  # a tied head has no entry
     given = {name: value.shape for name, value in values.items()}
     wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
@@ -170,10 +220,10 @@ def build_shell(model_class: type[PreTrainedModel], config: Any, values: Mapping
     return shell
 
 
-def save_and_compare(folder: str | Path, shell: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
+def save_and_compare(folder: str | Path, shell: PreTrainedModel, values: Mapping[str, Tensor], **settings: Any) -> None:
     """Write `values` as a model of the shell's class; RuntimeError unless that class reads back what was written."""
     shell.save_pretrained(folder, state_dict={k: v.detach().cpu().contiguous() for k, v in values.items()})
-    model = load_strictly(type(shell), str(folder), str(folder), dtype="auto")
+    model = load_strictly(type(shell), str(folder), str(folder), dtype="auto", **settings)
     require_equal_values(dict(model.named_parameters()), values, folder)
 
 

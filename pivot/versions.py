@@ -18,6 +18,7 @@ RANGES = {
     "omegaconf": ">=2.4,<3",
     "jinja2": ">=3.1",
     "open_clip_torch": ">=3.3,<4",
+    "timm": ">=1.0.31,<1.1",  # open_clip needs it too
     "webdataset": ">=1.0.2,<2",
     "safetensors": ">=0.8",
     "pillow": ">=12.0",

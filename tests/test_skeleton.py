@@ -72,8 +72,7 @@ def test_encoders_lie_below_data_processor_and_models():
 @pytest.mark.parametrize("library", ["open_clip", "timm"])
 def test_an_encoder_library_is_imported_in_one_file(library):
     """Beside the command that writes its folders."""
-    timm_of_open_clip = {"pivot.encoders.open_clip"} if library == "timm" else set()
-    assert importers(library) <= {f"pivot.encoders.{library}", "launch.assets"} | timm_of_open_clip
+    assert importers(library) <= {f"pivot.encoders.{library}", "launch.assets"}
 
 
 def test_nothing_in_the_library_imports_train():

@@ -41,18 +41,28 @@ class EncoderFacts:
     """What an encoder's configuration says about its input and output."""
 
     size: int  # pixels a side
-    patch_size: int
+    patch_size: int  # pixels a side of what one feature stands for; of a feature map, its stride at the feature layer
     has_cls: bool
     num_blocks: int
     mean: Triple
     std: Triple
+    num_registers: int = 0  # learned tokens behind the CLS token that stand for no patch
 
-    def num_features(self, cls: str) -> int:
-        """Features per image: one a patch, and the CLS token's where it is kept."""
-        return (self.size // self.patch_size) ** 2 + int(cls == "keep")
+    @property
+    def num_patches(self) -> int:
+        return (self.size // self.patch_size) ** 2
 
-    def geometry(self, cls: str, fit: str, resample: str = "bicubic") -> ImageGeometry:
-        return ImageGeometry(self.size, self.num_features(cls), self.mean, self.std, fit, resample)
+    @property
+    def num_positions(self) -> int:
+        """Tokens that run through the encoder, an image."""
+        return self.num_patches + int(self.has_cls) + self.num_registers
+
+    def num_features(self, cls: str, registers: str = "drop") -> int:
+        """Features per image: one a patch, and those of the CLS token and of the registers where they are kept."""
+        return self.num_patches + int(cls == "keep") + self.num_registers * int(registers == "keep")
+
+    def geometry(self, cls: str, fit: str, resample: str = "bicubic", registers: str = "drop") -> ImageGeometry:
+        return ImageGeometry(self.size, self.num_features(cls, registers), self.mean, self.std, fit, resample)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Encoder:
     @property
     def num_features(self) -> int:
         """Features per image that the run takes."""
-        return self.facts.num_features(self.section.cls)
+        return self.facts.num_features(self.section.cls, self.section.registers)
 
 
 def num_blocks_run(layer: int, num_blocks: int) -> int:

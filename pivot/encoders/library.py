@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pivot.config import VisionTowerConfig
-from pivot.encoders import open_clip, transformers
+from pivot.encoders import open_clip, timm, transformers
 from pivot.encoders.facts import Encoder, EncoderFacts, ImageFit, ImageGeometry, num_blocks_run
 from pivot.pretrained import Gather
 
@@ -25,7 +25,10 @@ class EncoderLibrary(Protocol):
     # -- without weights -----------------------------------------------------------------------------------------
 
     def describe(self, section: VisionTowerConfig) -> EncoderFacts:
-        """Size, patches, blocks and normalisation. Raises ValueError for an encoder that is not a plain ViT."""
+        """Size, patches, blocks and normalisation.
+
+        Raises ValueError for an encoder without patch features, and where files of weights are missing or cut short.
+        """
 
     def describe_network(self, path: str) -> Mapping[str, Any]:
         """What tells networks apart: equal for two paths whose weights are of one network."""
@@ -60,10 +63,11 @@ class EncoderLibrary(Protocol):
         """Take off all that lies behind block `num_blocks`, but for the final norm with `post_norm`; the width."""
 
     def run(self, model: Any, pixels: Tensor) -> Tensor:
-        """float[I, tokens, width], the CLS token first, of a cut encoder for normalised pixels float[I, 3, S, S]."""
+        """float[I, tokens, width] of a cut encoder for normalised pixels float[I, 3, S, S], the same in training and
+        evaluation. The CLS token comes first, then the registers; a feature map comes row by row."""
 
-    def list_blocks(self, model: Any) -> nn.ModuleList:
-        """The blocks of an encoder, whole or cut."""
+    def list_blocks(self, model: Any) -> nn.ModuleList | nn.Sequential:
+        """The blocks of an encoder (the stages of a ConvNeXt), whole or cut."""
 
     def recompute_blocks(self, model: Any) -> None:
         """Let backward compute each block again, not reentrantly: pixels carry no gradient."""
@@ -84,10 +88,9 @@ class EncoderLibrary(Protocol):
         """The `model.vision_tower.path` under which a folder that `write` made is read again."""
 
     def run_stock(self, encoder: Encoder, pixels: Tensor) -> Tensor:
-        """The run's features of float[1, 3, S, S], in float32, by the library's own forward of the whole encoder.
+        """What `run` gives for float[1, 3, S, S], in float32, by the library's own forward of the whole encoder.
 
-        [1, tokens, width]: at the feature layer, with the final norm if the run takes it. The CLS token comes first; it
-        may be absent where the run drops it.
+        [1, tokens, width]: at the feature layer, with the final norm if the run takes it.
         """
 
 
@@ -95,6 +98,7 @@ class EncoderLibrary(Protocol):
 LIBRARIES: dict[str, EncoderLibrary] = {
     "transformers": transformers,
     "open_clip": open_clip,
+    "timm": timm,
 }
 DEFAULT = "transformers"
 
@@ -121,6 +125,8 @@ def resolve_encoder(section: VisionTowerConfig) -> Encoder:
         )
     if section.cls == "keep" and not facts.has_cls:
         raise ValueError(f"model.vision_tower.cls: keep, but {section.path} has no CLS token; use drop")
+    if section.registers == "keep" and not facts.num_registers:
+        raise ValueError(f"model.vision_tower.registers: keep, but {section.path} has no register tokens; use drop")
     num_blocks_run(section.layer, facts.num_blocks)
     return Encoder(section, name, facts)
 

@@ -20,7 +20,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pivot import pretrained
 from pivot.config import VisionTowerConfig
-from pivot.encoders.facts import Encoder, EncoderFacts, ImageFit, ImageGeometry, as_triple
+from pivot.encoders import timm
+from pivot.encoders.facts import Encoder, EncoderFacts, ImageFit, ImageGeometry, as_triple, num_blocks_run
 from pivot.encoders.square import RESAMPLES
 from pivot.pretrained import Gather, read_json, require_equal_values
 
@@ -52,14 +53,12 @@ def describe(section: VisionTowerConfig) -> EncoderFacts:
                 f"model.vision_tower.image_size: {size}, but open_clip cannot save its timm encoder '{model}' at "
                 f"another size than {vision['image_size']}; use the variant of the model that was made for that size"
             )
-        patch_size, num_prefix_tokens, num_blocks = _describe_timm(vision["timm_model_name"])
-        if num_prefix_tokens not in (0, 1):
-            raise ValueError(
-                f"model.vision_tower.path: '{model}' has {num_prefix_tokens} prefix tokens; expected a CLS or none"
-            )
-        has_cls = num_prefix_tokens == 1
+        trunk = _build_trunk(vision["timm_model_name"])
+        num_blocks = len(timm.list_blocks(trunk))
+        run_to = num_blocks_run(section.layer, num_blocks)
+        patch_size, has_cls, num_registers = timm.describe_tokens(trunk, run_to)
     elif isinstance(vision["layers"], int) and isinstance(vision.get("patch_size"), int):
-        patch_size, has_cls, num_blocks = vision["patch_size"], True, vision["layers"]
+        patch_size, has_cls, num_blocks, num_registers = vision["patch_size"], True, vision["layers"], 0
     else:
         raise ValueError(f"model.vision_tower.path: the image tower of open_clip's '{model}' is not a ViT")
     if not isinstance(size, int):
@@ -67,7 +66,7 @@ def describe(section: VisionTowerConfig) -> EncoderFacts:
     settings = _read_preprocessing(section.path)
     mean = as_triple(settings.get("mean") or OPENAI_CLIP_MEAN)
     std = as_triple(settings.get("std") or OPENAI_CLIP_STD)
-    return EncoderFacts(size, patch_size, has_cls, num_blocks, mean, std)
+    return EncoderFacts(size, patch_size, has_cls, num_blocks, mean, std, num_registers)
 
 
 def _read_model_config(model: str) -> dict[str, Any]:
@@ -83,16 +82,9 @@ def _read_model_config(model: str) -> dict[str, Any]:
 
 
 @cache
-def _describe_timm(name: str) -> tuple[int, int, int]:
-    """Patch size, number of prefix tokens and blocks of a timm ViT, from a build without memory."""
-    import timm
-    from timm.models import VisionTransformer
-
-    with torch.device("meta"):
-        trunk = timm.create_model(name, pretrained=False)
-    if not isinstance(trunk, VisionTransformer):
-        raise ValueError(f"model.vision_tower.path: timm's '{name}' is a {type(trunk).__name__}; expected a ViT")
-    return int(trunk.patch_embed.patch_size[0]), trunk.num_prefix_tokens, len(trunk.blocks)
+def _build_trunk(name: str) -> nn.Module:
+    """A timm architecture, without memory."""
+    return timm.build_shell(f"timm:{name}", None)
 
 
 def _read_preprocessing(path: str) -> dict[str, Any]:
@@ -190,7 +182,10 @@ def cut(model: Any, num_blocks: int, *, post_norm: bool) -> int:
 
 def _cut_native(visual: Any, num_blocks: int, post_norm: bool) -> int:
     if post_norm and visual.attn_pool is not None:
-        _refuse_post_norm()
+        raise ValueError(
+            "model.vision_tower.post_norm: true, but this encoder has no norm for patch features: its final norm comes "
+            "after the pooling"
+        )
     visual.transformer.resblocks = visual.transformer.resblocks[:num_blocks]
     if not post_norm:
         visual.ln_post = nn.Identity()
@@ -200,31 +195,16 @@ def _cut_native(visual: Any, num_blocks: int, post_norm: bool) -> int:
 
 
 def _cut_timm(visual: Any, num_blocks: int, post_norm: bool) -> int:
-    trunk = visual.trunk
-    if post_norm and isinstance(trunk.norm, nn.Identity):
-        _refuse_post_norm()
-    trunk.blocks = trunk.blocks[:num_blocks]
-    if not post_norm:
-        trunk.norm = nn.Identity()
-    trunk.reset_classifier(0, global_pool="")  # also takes an attention pool off
-    trunk.fc_norm = nn.Identity()
     visual.head = nn.Identity()
-    return int(trunk.embed_dim)
-
-
-def _refuse_post_norm() -> None:
-    raise ValueError(
-        "model.vision_tower.post_norm: true, but this encoder has no norm for patch features: its final norm comes "
-        "after the pooling"
-    )
+    return timm.cut(visual.trunk, num_blocks, post_norm=post_norm)
 
 
 def run(model: Any, pixels: Tensor) -> Tensor:
-    return model(pixels)  # its pooling and projection are gone: every token comes out
+    return timm.as_tokens(model(pixels))  # its pooling and projection are gone: every token comes out
 
 
-def list_blocks(model: Any) -> nn.ModuleList:
-    return model.trunk.blocks if hasattr(model, "trunk") else model.transformer.resblocks
+def list_blocks(model: Any) -> nn.ModuleList | nn.Sequential:
+    return timm.list_blocks(model.trunk) if hasattr(model, "trunk") else model.transformer.resblocks
 
 
 def recompute_blocks(model: Any) -> None:
@@ -264,13 +244,14 @@ def name_folder(folder: str) -> str:
 
 
 def run_stock(encoder: Encoder, pixels: Tensor) -> Tensor:
-    visual = _create(encoder.section).visual.eval()
+    visual, post_norm = _create(encoder.section).visual.eval(), encoder.section.post_norm
+    if hasattr(visual, "trunk"):
+        return timm.run_intermediates(visual.trunk, encoder.num_blocks, pixels, post_norm=post_norm)
     out = visual.forward_intermediates(
         pixels,
         indices=[encoder.num_blocks - 1],
-        normalize_intermediates=encoder.section.post_norm,
+        normalize_intermediates=post_norm,
         output_fmt="NLC",
-        output_extra_tokens=encoder.section.cls == "keep",
+        output_extra_tokens=True,
     )
-    prefix = out.get("image_intermediates_prefix", [])
-    return torch.cat([*prefix, *out["image_intermediates"]], dim=1)
+    return torch.cat([*out["image_intermediates_prefix"], *out["image_intermediates"]], dim=1)

@@ -34,7 +34,6 @@ class VisionTower(nn.Module):
         self.num_blocks = encoder.num_blocks  # blocks that are run
         self.width = width
         self.set_aside = set_aside
-        self._drops_cls = self.facts.has_cls and self.section.cls == "drop"
         self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -50,8 +49,16 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[I, num_features, width] of uint8[I, 3, H, W]; the encoder is called exactly once."""
-        features = self.library.run(self.model, self.normalise(pixel_values))
-        return features[:, 1:] if self._drops_cls else features
+        return self.choose_tokens(self.library.run(self.model, self.normalise(pixel_values)))
+
+    def choose_tokens(self, features: Tensor) -> Tensor:
+        """Those of the CLS token, the registers and the patches (in this order) that the run takes, of dimension 1."""
+        first = int(self.facts.has_cls)
+        behind = first + self.facts.num_registers
+        keeps_cls, keeps_registers = (one == "keep" for one in (self.section.cls, self.section.registers))
+        if keeps_cls and not keeps_registers and self.facts.num_registers:
+            return torch.cat([features[:, :first], features[:, behind:]], dim=1)
+        return features[:, 0 if keeps_cls else first if keeps_registers else behind :]
 
     def normalise(self, pixel_values: Tensor) -> Tensor:
         """In float32 whatever the weights are, then cast. Constants are cached: a copy to a GPU would wait for it."""
@@ -62,7 +69,7 @@ class VisionTower(nn.Module):
         mean, std = self._normalisation[device]
         return ((pixel_values.float() - mean) / std).to(next(self.model.parameters()).dtype)
 
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList | nn.Sequential:
         """The blocks that are run."""
         return self.library.list_blocks(self.model)
 

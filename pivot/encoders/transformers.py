@@ -1,47 +1,39 @@
-"""SigLIP and CLIP encoders of transformers: alone, in a whole CLIP, in an HF LLaVA, or a bare CONFIG.json."""
+"""Encoders of transformers: alone, in a whole CLIP, in an HF LLaVA, or a bare CONFIG.json. Which: `families.py`."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoImageProcessor,
     CLIPImageProcessor,
     CLIPVisionModel,
+    DINOv3ConvNextModel,
     LlavaForConditionalGeneration,
     LlavaImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
 )
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pivot import pretrained, renamed
 from pivot.config import VisionTowerConfig
-from pivot.encoders.facts import Encoder, EncoderFacts, ImageFit, ImageGeometry, as_triple
+from pivot.encoders.facts import Encoder, EncoderFacts, ImageFit, ImageGeometry, as_triple, num_blocks_run
+from pivot.encoders.families import Family, find_family, in_order, require_known, switch_off_chance
+from pivot.encoders.positions import resize_positions
 from pivot.encoders.square import recognise_fit
 from pivot.pretrained import Gather, build_random, build_shell, load_strictly, read_config, read_json
 
-# HF model_type -> (has a CLS token, default mean, default std)
-FAMILIES: dict[str, tuple[bool, list[float], list[float]]] = {
-    "siglip_vision_model": (False, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),  # also SigLIP 2 of fixed resolution
-    "clip_vision_model": (True, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-}
-MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "siglip_vision_model": SiglipVisionModel,
-    "clip_vision_model": CLIPVisionModel,
-}
 # Two configurations describe the same network when these agree.
-_NETWORK = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "patch_size")
-# The other half of a whole CLIP or SigLIP checkpoint.
-_TEXT_SIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+_NETWORK = ("model_type", "hidden_size", "hidden_sizes", "num_hidden_layers", "intermediate_size", "patch_size")
 
 
 # -- without weights -----------------------------------------------------------------------------------------------
@@ -50,15 +42,19 @@ _TEXT_SIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_sc
 def describe(section: VisionTowerConfig) -> EncoderFacts:
     assert section.path is not None
     config = _read_vision_config(section.path)
-    has_cls, mean, std = FAMILIES[config.model_type]
-    saved = read_image_settings(section.path)
+    if Path(section.path).is_dir():
+        pretrained.require_weights(Path(section.path), f"model.vision_tower.path: {section.path}")
+    family = require_known(config, section.path)
+    saved, (mean, std) = read_image_settings(section.path), family.normalisation
+    num_blocks = family.num_blocks(config)
     return EncoderFacts(
         size=section.image_size or int(config.image_size),
-        patch_size=int(config.patch_size),
-        has_cls=has_cls,
-        num_blocks=config.num_hidden_layers,
+        patch_size=family.patch_size(config, num_blocks_run(section.layer, num_blocks)),
+        has_cls=family.has_cls,
+        num_blocks=num_blocks,
         mean=as_triple(saved.get("image_mean", mean)),
         std=as_triple(saved.get("image_std", std)),
+        num_registers=count_registers(config),
     )
 
 
@@ -66,22 +62,17 @@ def _read_vision_config(path: str) -> Any:
     """The vision configuration of an encoder, of a whole CLIP or SigLIP, or of an HF LLaVA."""
     config = read_config(path, "model.vision_tower.path")
     config = getattr(config, "vision_config", config)
-    _require_known(config, path)
+    config._attn_implementation = pretrained.attention_of(require_known(config, path).model_class)
     return config
-
-
-def _require_known(config: PretrainedConfig, path: str) -> None:
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model.vision_tower.path: '{path}' is a {config.model_type}; expected one of {', '.join(FAMILIES)} "
-            "(SigLIP 2 in its fixed-resolution form), or LIBRARY:MODEL for an encoder of another library"
-        )
 
 
 def has_cls_token(vision_config: PretrainedConfig, path: str) -> bool:
     """Whether the encoder of this configuration, read at `path`, has a CLS token. Raises ValueError for other kinds."""
-    _require_known(vision_config, path)
-    return FAMILIES[vision_config.model_type][0]
+    return require_known(vision_config, path).has_cls
+
+
+def count_registers(vision_config: PretrainedConfig) -> int:
+    return int(getattr(vision_config, "num_register_tokens", 0))
 
 
 def read_image_settings(path: str) -> dict[str, Any]:
@@ -113,7 +104,7 @@ def read_image_fit(encoder: Encoder) -> ImageFit | None:
 def build_shapes(encoder: Encoder) -> nn.Module:
     config = copy.deepcopy(_read_vision_config(encoder.path))
     config.image_size = encoder.facts.size  # where it is another, the positions are resampled
-    return MODEL_CLASSES[config.model_type](config)
+    return require_known(config, encoder.path).model_class(config, **_constructor_settings(config, encoder.path))
 
 
 # -- with weights --------------------------------------------------------------------------------------------------
@@ -135,54 +126,52 @@ def load(encoder: Encoder, *, dtype: torch.dtype, gather: Gather) -> nn.Module:
 
 def _load_as_saved(path: str, dtype: torch.dtype) -> PreTrainedModel:
     config = _read_vision_config(path)
-    model_class = MODEL_CLASSES[config.model_type]
+    model_class = require_known(config, path).model_class
     if draws_weights(path):
         return build_random(model_class, config, dtype)
     where = f"model.vision_tower.path: {path}"
     whole = read_config(path, "model.vision_tower.path")
     if whole.model_type == "llava":
         return load_strictly(LlavaForConditionalGeneration, path, where, config=whole, dtype=dtype).model.vision_tower
-    return load_strictly(model_class, path, where, accepted=_TEXT_SIDE, config=config, dtype=dtype)
+    settings = _constructor_settings(config, path)
+    left_out = require_known(config, path).left_out
+    return load_strictly(model_class, path, where, accepted=left_out, config=config, dtype=dtype, **settings)
 
 
-def resize_positions(model: Any, facts: EncoderFacts, gather: Gather) -> None:
-    """Resample the position embeddings once for another image size, so that an export is a plain model of that size.
-
-    Bicubic and in float32, as transformers does in every forward with interpolate_pos_encoding=True.
-    """
-    embeddings, config = model.embeddings, model.config
-    if config.image_size == facts.size:
-        return
-    old, new = config.image_size // facts.patch_size, facts.size // facts.patch_size
-    table = embeddings.position_embedding.weight
-    with gather([table]):
-        values = table.detach().to("cpu", torch.float32, copy=True)
-    prefix, grid = values[: int(facts.has_cls)], values[int(facts.has_cls) :]
-    if grid.shape[0] != old * old:
-        raise RuntimeError(f"{grid.shape[0]} positions, expected {old}x{old} from the encoder's configuration")
-    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, D, old, old]
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    resized = torch.cat([prefix, grid.permute(0, 2, 3, 1).flatten(0, 2)]).to(table.dtype)
-    # Not partitioned even under ZeRO-3: DeepSpeed does that for plain parameters when the engine is built.
-    embeddings.position_embedding = nn.Embedding.from_pretrained(resized.to(table.device), freeze=False)
-    embeddings.position_ids = torch.arange(len(resized), device=table.device)[None]
-    embeddings.num_positions, embeddings.num_patches = len(resized), new * new
-    embeddings.image_size = config.image_size = facts.size
+def _constructor_settings(config: PretrainedConfig, path: str) -> dict[str, Any]:
+    """A ViT has a pooler or has none, and its configuration does not say which."""
+    if config.model_type != "vit" or draws_weights(path):
+        return {}
+    return {"add_pooling_layer": pretrained.holds_tensor(path, "pooler.dense.weight")}
 
 
 # -- the module ----------------------------------------------------------------------------------------------------
 
 
 def cut(model: Any, num_blocks: int, *, post_norm: bool) -> int:
-    model.encoder.layers = model.encoder.layers[:num_blocks]
+    family = find_family(model)
+    blocks = list_blocks(model)
+    whole = len(blocks) == num_blocks
+    if post_norm and (family.norm is None or (family.stages(model.config) and not whole)):
+        raise ValueError(
+            "model.vision_tower.post_norm: true, but this encoder has no norm for patch features of this layer: its "
+            "final norm comes after the pooling, or is made for the last stage"
+        )
+    del blocks[num_blocks:]
     if not post_norm:
-        model.post_layernorm = nn.Identity()
-    if hasattr(model, "head"):  # SigLIP's attention pool
-        model.head = nn.Identity()
-    return int(model.config.hidden_size)
+        setattr(model, family.norm or "layernorm", nn.Identity())
+    for head in ("head", "pooler"):
+        if getattr(model, head, None) is not None:
+            setattr(model, head, nn.Identity())
+    if getattr(getattr(model, "embeddings", None), "mask_token", None) is not None:  # only pre-training puts it in
+        model.embeddings.mask_token = None
+    switch_off_chance(model)
+    return family.width(model.config, num_blocks)
 
 
 def run(model: Any, pixels: Tensor) -> Tensor:
+    if not isinstance(model, SiglipVisionModel | CLIPVisionModel):
+        return _as_tokens(model, model(pixels, **in_order(model, pixels)).last_hidden_state)
     # The encoder's own forward would pool, and CLIP's would normalise the CLS token alone.
     hidden = model.embeddings(pixels)
     if isinstance(model, CLIPVisionModel):
@@ -191,12 +180,25 @@ def run(model: Any, pixels: Tensor) -> Tensor:
     return model.post_layernorm(hidden)  # an identity unless post_norm
 
 
+def _as_tokens(model: Any, features: Tensor) -> Tensor:
+    """[I, tokens, width] of these, or of a feature map [I, width, rows, columns], row by row."""
+    if isinstance(model, DINOv3ConvNextModel) and features.ndim == 3:
+        return features[:, 1:]  # the first is their mean
+    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+
+
 def list_blocks(model: Any) -> nn.ModuleList:
-    return model.encoder.layers
+    # The outermost list: releases keep it in other places.
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
 def recompute_blocks(model: Any) -> None:
-    renamed.recompute_blocks(model)
+    if model.supports_gradient_checkpointing:
+        renamed.recompute_blocks(model)
+        return
+    stages: Any = list_blocks(model)
+    for layer in (layer for stage in stages for layer in stage.layers):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 # -- back to disk --------------------------------------------------------------------------------------------------
@@ -205,7 +207,10 @@ def recompute_blocks(model: Any) -> None:
 def write(folder: Path, encoder: Encoder, model: Any, values: Mapping[str, Tensor], geometry: ImageGeometry) -> None:
     """A folder for `from_pretrained`, with its image processor. What it is stands in the configuration of `model`."""
     config = copy.deepcopy(model.config)
-    pretrained.save_and_compare(folder, build_shell(MODEL_CLASSES[config.model_type], config, values), values)
+    is_vit = config.model_type == "vit"
+    settings = {"add_pooling_layer": any(name.startswith("pooler.") for name in values)} if is_vit else {}
+    shell = build_shell(find_family(model).model_class, config, values, **settings)
+    pretrained.save_and_compare(folder, shell, values, **settings)
     build_image_processor(geometry).save_pretrained(folder)
 
 
@@ -236,8 +241,24 @@ def read_hf_config(model: Any) -> PretrainedConfig | None:
 
 
 def run_stock(encoder: Encoder, pixels: Tensor) -> Tensor:
-    path = encoder.path
-    model_class = MODEL_CLASSES[_read_vision_config(path).model_type]
-    model = load_strictly(model_class, path, path, dtype=torch.float32).eval()
-    hidden = model(pixels, output_hidden_states=True).hidden_states[encoder.num_blocks]
-    return model.post_layernorm(hidden) if encoder.section.post_norm else hidden
+    model: Any = _load_as_saved(encoder.path, torch.float32).eval()
+    switch_off_chance(model)
+    states = model(pixels, output_hidden_states=True, **in_order(model, pixels)).hidden_states
+    hidden = states[encoder.num_blocks - encoder.facts.num_blocks - 1]
+    hidden = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+    norm = find_family(model).norm
+    return getattr(model, norm)(hidden) if encoder.section.post_norm and norm is not None else hidden
+
+
+def reason_against_llava(model: Any, encoder: Encoder) -> str | None:
+    """Why HF LLaVA cannot take the features that the run takes, None where it can."""
+    if not isinstance(model, PreTrainedModel):
+        return f"the vision tower is the {encoder.library} encoder of model.vision_tower.path"
+    family: Family = find_family(model)
+    if family.not_llava is not None:
+        return family.not_llava
+    if encoder.section.post_norm:
+        return "model.vision_tower.post_norm is true"
+    if encoder.facts.num_registers and encoder.section.registers == "drop":
+        return "model.vision_tower.registers is drop"
+    return None

@@ -162,6 +162,7 @@ def weights_fingerprint(sources: WeightSources, *, seed: int) -> str:
     text = model.language_model.path
     assert text is not None
     facts: list[Any] = [sorted(sources.taken), model.projector, tower.layer, tower.post_norm, tower.cls]
+    facts += [tower.registers] if tower.registers != "drop" else []  # so that older caches keep their names
     facts += [library.digest_weights(sources.encoder.path), digest_weights(text)]
     facts.append(None if sources.init_from is None else digest_weights(sources.init_from))
     drawn = library.draws_weights(sources.encoder.path) or draws_weights(text)

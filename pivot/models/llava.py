@@ -22,8 +22,9 @@ from pivot.config import COMPONENTS, ModelConfig, VisionTowerConfig
 from pivot.encoders.export import PREFIX
 from pivot.encoders.facts import Encoder
 from pivot.encoders.library import resolve_encoder
+from pivot.encoders.positions import resize_positions
 from pivot.encoders.tower import VisionTower, wrap_encoder
-from pivot.encoders.transformers import has_cls_token, read_hf_config, resize_positions
+from pivot.encoders.transformers import count_registers, has_cls_token, read_hf_config, reason_against_llava
 from pivot.models.language import check_text_config, make_generation_config
 from pivot.models.projector import Projector
 from pivot.pretrained import Gather, build_shell, load_strictly, read_config, save_and_compare
@@ -115,7 +116,9 @@ def _recorded_model(config: Any, path: str) -> ModelConfig:
             f"bias={config.multimodal_projector_bias}; expected gelu and a bias"
         )
     cls = "keep" if has_cls and not drops_first else "drop"
-    return ModelConfig(VisionTowerConfig(layer=config.vision_feature_layer, cls=cls), projector="mlp2x_gelu")
+    registers = "keep" if count_registers(config.vision_config) else "drop"
+    tower = VisionTowerConfig(layer=config.vision_feature_layer, cls=cls, registers=registers)
+    return ModelConfig(tower, projector="mlp2x_gelu")
 
 
 def recorded_dtype(path: str) -> torch.dtype:
@@ -130,6 +133,8 @@ def require_same_features(path: str, model: ModelConfig) -> None:
     recorded = _recorded_model(config, path)
     if not has_cls_token(config.vision_config, path):
         recorded.vision_tower.cls = model.vision_tower.cls  # there was none to keep or to drop
+    if not count_registers(config.vision_config):
+        recorded.vision_tower.registers = model.vision_tower.registers
     require_agreement(path, recorded, model)
 
 
@@ -139,6 +144,7 @@ def require_agreement(path: str, recorded: ModelConfig, model: ModelConfig) -> N
     for key, made_with, wanted in (
         ("model.vision_tower.layer", made.layer, asked.layer),
         ("model.vision_tower.cls", made.cls, asked.cls),
+        ("model.vision_tower.registers", made.registers, asked.registers),
         ("model.vision_tower.post_norm", made.post_norm, asked.post_norm),
         ("model.projector", recorded.projector, model.projector),
     ):
@@ -170,15 +176,11 @@ def to_llava_config(
 ) -> LlavaConfig:
     """The configuration of the HF LLaVA that computes what these parts compute; ValueError where there is none."""
     section, vision_config = vision_tower.section, read_hf_config(vision_tower.model)
-    of_another_library = f"the vision tower is the {vision_tower.encoder.library} encoder of model.vision_tower.path"
-    reasons = {
-        of_another_library: vision_config is None,
-        "model.vision_tower.post_norm is true": section.post_norm,
-        f"model.projector is {projector.kind}": projector.kind != "mlp2x_gelu",
-    }
-    for reason, present in reasons.items():
-        if present:
-            raise ValueError(f"{reason}, which HF LLaVA cannot express; export the encoder alone")
+    reason = reason_against_llava(vision_tower.model, vision_tower.encoder)
+    if reason is None and projector.kind != "mlp2x_gelu":
+        reason = f"model.projector is {projector.kind}"
+    if reason is not None:
+        raise ValueError(f"{reason}, which HF LLaVA cannot express; export the encoder alone")
     text_config: Any = copy.deepcopy(language_model.config)
     keeps_all = section.cls == "keep" or not vision_tower.facts.has_cls
     return LlavaConfig(

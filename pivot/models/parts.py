@@ -64,7 +64,8 @@ def write_parts(
     processor.save_pretrained(folder)
     section = model.vision_tower.section
     facts = {"projector": model.projector.kind, "layer": section.layer, "post_norm": section.post_norm}
-    facts |= {"cls": section.cls, "library": model.vision_tower.encoder.library, "not_llava_because": reason}
+    facts |= {"cls": section.cls, "registers": section.registers}
+    facts |= {"library": model.vision_tower.encoder.library, "not_llava_because": reason}
     (folder / PARTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -101,7 +102,8 @@ def part_paths(path: str) -> dict[str, str]:
 def recorded_model(path: str) -> ModelConfig:
     """The features and the projector that a folder of parts was made with, as a run's settings say them."""
     facts = _read(path)
-    tower = VisionTowerConfig(layer=facts["layer"], post_norm=facts["post_norm"], cls=facts["cls"])
+    registers = facts.get("registers", "drop")  # absent from folders of earlier releases, which knew none
+    tower = VisionTowerConfig(layer=facts["layer"], post_norm=facts["post_norm"], cls=facts["cls"], registers=registers)
     return ModelConfig(vision_tower=tower, projector=facts["projector"])
 
 

@@ -42,7 +42,7 @@ class Skeleton:
         config = self.text_config
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
-    def encoder_blocks(self) -> nn.ModuleList:
+    def encoder_blocks(self) -> nn.ModuleList | nn.Sequential:
         return self.vision_tower.blocks()
 
     def parameters(self) -> Iterator[nn.Parameter]:

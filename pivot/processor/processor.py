@@ -52,13 +52,14 @@ class Processor:
         cls: str = "drop",
         fit: str = "squash",
         resample: str = "bicubic",
+        registers: str = "drop",
         chat_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.cls = cls
         self.notes: tuple[str, ...] = ()  # for the first screen: what was taken from where
-        self.geometry = encoder.geometry(cls, fit, resample)
+        self.geometry = encoder.geometry(cls, fit, resample, registers)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = add_special_tokens(tokenizer, IMAGE_TOKEN)
         self._template = ChatTemplate(tokenizer, chat_template)
@@ -252,12 +253,14 @@ class Processor:
         from transformers import LlavaProcessor
 
         keeps_all = self.cls == "keep" or not self.encoder.has_cls
+        # Its count drops one of them where the strategy is "default".
+        num_additional = self.geometry.num_tokens - self.encoder.num_patches + int(not keeps_all)
         LlavaProcessor(
             image_processor=build_image_processor(self.geometry),
             tokenizer=self.tokenizer,
             patch_size=self.encoder.patch_size,
             vision_feature_select_strategy="full" if keeps_all else "default",
-            num_additional_image_tokens=int(self.encoder.has_cls),
+            num_additional_image_tokens=num_additional,
             image_token=self.image_token,
             chat_template=self.chat_template,
         ).save_pretrained(folder)

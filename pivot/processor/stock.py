@@ -89,7 +89,8 @@ def same_features(encoder: Encoder, path: str) -> bool:
     strategy = getattr(read_config(path, "model.language_model.path"), "vision_feature_select_strategy", None)
     section = encoder.section
     same_cls = strategy is not None and (not encoder.facts.has_cls or (strategy == "full") == (section.cls == "keep"))
-    return same_cls and section.path == path and section.image_size is None
+    same_registers = not encoder.facts.num_registers or section.registers == "keep"  # LLaVA has no word for them
+    return same_cls and same_registers and section.path == path and section.image_size is None
 
 
 def describe_other_ids(processor: Processor, path: str, *, images: bool, own_template: bool) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pivot.batch import DUMMY_SAMPLE, PackedBatch
 from pivot.data.units import Costs
@@ -43,20 +44,17 @@ class Forward:
 
 def count_forward(skeleton: Skeleton) -> Forward:
     """A frozen or a trained model alike."""
-    tower, language_model = skeleton.vision_tower, skeleton.language_model
-    grid = (tower.facts.size // tower.facts.patch_size) ** 2
-    positions = grid + int(tower.facts.has_cls)
+    language_model = skeleton.language_model
     layers = language_model.model.layers
     reads = reads_at_targets(language_model.config)
     read_query = 2.0 * query_matrix(layers[-1]).numel() if reads else 0.0
     read_target = sum(2.0 * p.numel() for p in target_matrices(layers[-1])) if reads else 0.0
     first, *rest = (2.0 * p.numel() for p in skeleton.projector.parameters() if p.ndim == 2)
-    convolutions = [m for m in tower.model.modules() if isinstance(m, nn.Conv2d)]
+    patches, encoder = _encoder_flops(skeleton)
     attention = 4.0 * skeleton.head_size * int(skeleton.text_config.num_attention_heads)
     return Forward(
-        patches=sum(2.0 * grid * convolution.weight.numel() for convolution in convolutions),
-        encoder=positions * _block_flops(skeleton.encoder_blocks())
-        + 4.0 * positions**2 * tower.width * tower.num_blocks,
+        patches=patches,
+        encoder=encoder,
         projector_in=first,
         projector_rest=sum(rest),
         blocks=_block_flops(layers) - read_query - read_target,
@@ -68,7 +66,21 @@ def count_forward(skeleton: Skeleton) -> Forward:
     )
 
 
-def _block_flops(blocks: nn.ModuleList) -> float:
+def _encoder_flops(skeleton: Skeleton) -> tuple[float, float]:
+    """An image's patch embedding, and its blocks."""
+    tower, blocks = skeleton.vision_tower, skeleton.encoder_blocks()
+    facts = tower.facts
+    if any(isinstance(module, nn.Conv2d) for module in blocks.modules()):  # a map, whose size changes on the way
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            tower(torch.empty(1, 3, facts.size, facts.size, dtype=torch.uint8, device="meta"))
+        return 0.0, float(counter.get_total_flops())
+    convolutions = [m for m in tower.model.modules() if isinstance(m, nn.Conv2d)]
+    patches = sum(2.0 * facts.num_patches * convolution.weight.numel() for convolution in convolutions)
+    attention = 4.0 * facts.num_positions**2 * tower.width * tower.num_blocks
+    return patches, facts.num_positions * _block_flops(blocks) + attention
+
+
+def _block_flops(blocks: nn.Module) -> float:
     """One forward of all blocks' matrices on a token."""
     return sum(2.0 * p.numel() for p in blocks.parameters() if p.ndim == 2)
 

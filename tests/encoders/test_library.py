@@ -42,7 +42,7 @@ def test_a_path_belongs_to_the_library_that_it_begins_with(third: None) -> None:
     paths = ("third:x", "open_clip:ViT-B-32@tag", "folder", "owner/name", "fourth:x", "third", "open_clip/x")
     names = ("third", "open_clip", "transformers", "transformers", "transformers", "transformers", "transformers")
     assert tuple(map(name_library, paths)) == names
-    with pytest.raises(ValueError, match="absent; give a folder, .* or open_clip:MODEL or third:MODEL"):
+    with pytest.raises(ValueError, match="absent; give a folder, .* or open_clip:MODEL or timm:MODEL or third:MODEL"):
         resolve_encoder(VisionTowerConfig())
 
 

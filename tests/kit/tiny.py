@@ -261,6 +261,29 @@ def tiny_open_clip(folder: str | Path, *, with_timm: bool = False) -> str:
     return name
 
 
+def tiny_open_clip_of_timm(folder: Path, kind: str) -> str:
+    """The same with a ConvNeXt (its features are a map) or an EVA (a CLS token, rotary positions) of timm."""
+    import open_clip
+    from timm.models import is_model, register_model
+    from timm.models.eva import eva02_tiny_patch14_224
+
+    def tiny_eva(pretrained: bool = False, **settings: Any) -> Any:
+        shape = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": WIDTH, "depth": NUM_LAYERS}
+        return eva02_tiny_patch14_224(**(shape | {"num_heads": 4} | settings))
+
+    if not is_model("tiny_eva"):
+        tiny_eva.__module__ = "timm.models.eva"
+        register_model(tiny_eva)
+    trunk, size = {"ConvNeXt": ("test_convnext", 160), "EVA": ("tiny_eva", IMAGE_SIZE)}[kind]
+    vision = {"image_size": size, "timm_model_name": trunk, "timm_pool": "", "timm_proj": "linear"}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"tiny-{kind.lower()}.json"
+    path.write_text(json.dumps({"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
 def _register_timm_vit() -> None:
     """Tell timm of a tiny ViT built as its SigLIP ones: no CLS token, a pooling head of its own."""
     from timm.models import VisionTransformer, build_model_with_cfg, is_model, register_model

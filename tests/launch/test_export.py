@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -9,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.kit.commands import ROOT, rank_free_environment
+from tests.kit.families import write_timm
 from tests.kit.runs import write_dpo_run
 
 RUNS = {
@@ -84,6 +88,26 @@ def test_numbers_that_are_half_written_leave_those_of_before(folder: Path, tmp_p
     killed = run_killed("evaluate", "numbers.json", *arguments, "--json", numbers)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert numbers.read_text() == "{}"
+
+
+def test_the_encoder_alone_is_written_by_its_own_library(folder: Path, tmp_path: Path) -> None:
+    """A timm encoder of a run, which moved what was run of it and nothing else; and no other library's form of it."""
+    path, run = write_timm(tmp_path / "timm", "supervised"), tmp_path / "run"
+    changes = [f"output_dir={run}", "init_parts=[language_model]", f"model.vision_tower.path={path}"]
+    trained = run_script("train_dpo", folder / "run.yaml", *changes, "data.image.fit=squash")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert "features   timm, block 2 of 3, without the final norm: 16 tokens an image (16 patches)" in trained.stdout
+    exported = run_script("export", run, "--out", tmp_path / "out", "--encoder", "timm")
+    assert exported.returncode == 0, exported.stderr[-3000:]
+    assert "read back by timm: the largest difference of a feature is" in exported.stdout
+    before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "timm", tmp_path / "out"))
+    note = json.loads((tmp_path / "out" / "pivot_encoder.json").read_text())
+    assert before.keys() == after.keys() and note["image"]["fit"] == "squash"
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert moved and not moved & note["set_aside"]["parameters"].keys()
+    assert {"head.weight", "norm.weight", "blocks.2.mlp.fc1.weight"} <= note["set_aside"]["parameters"].keys()
+    refused = run_script("export", run, "--out", tmp_path / "other", "--encoder", "hf")
+    assert refused.returncode == 2 and "is of timm, and pivot does not convert between" in refused.stderr
 
 
 def test_what_cannot_be_exported_is_one_sentence(folder: Path, tmp_path: Path) -> None:

@@ -55,13 +55,19 @@ def build(
     *,
     bf16: bool = False,
     recompute: str = "none",
+    encoder: str | None = None,
 ) -> tuple[Engine, int]:
-    """An engine around the LLaVA of a folder, as train.py builds it; and the image-token id."""
+    """An engine around the LLaVA of a folder, as train.py builds it; and the image-token id.
+
+    `encoder`: one in place of the LLaVA's own, with a new projector.
+    """
     name = f"zero{stage}.json"
     settings = build_deepspeed_config(
         read_deepspeed_json(str(REPOSITORY / "ds_configs" / name)), max_grad_norm=optim.max_grad_norm, bf16=bf16
     )
     config = Config(output_dir="unused", init_from=str(llava))
+    if encoder is not None:
+        config.init_parts, config.model.vision_tower.path = ["language_model"], encoder
     sources = resolve_sources(config)
     processor = build_processor(sources.model, config.data)
     dtype = torch.bfloat16 if bf16 else torch.float32
