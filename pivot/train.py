@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pivot.batch import REFERENCE, SAMPLE, PackedBatch
+from pivot.batch import SAMPLE, PackedBatch
 from pivot.config import Config
 from pivot.data.loader import Loader
 from pivot.data.plan import Plan
@@ -255,10 +255,11 @@ class Trainer:
         num_masked, first = loader.num_masked, self.progress.step == 0
         watch = GradientWatch(self.model) if first else None
         margins: list[Tensor] = []
-        host_batches = self._referenced(micro_batches)
+        if self.reference is not None:
+            micro_batches = self.reference.add_to(micro_batches)
         if self.objective.matching is not None:
-            host_batches = iter(see_step(self.engine, self.objective.matching, host_batches, self.world))
-        for number, host_batch in enumerate(host_batches):
+            micro_batches = iter(see_step(self.engine, self.objective.matching, micro_batches, self.world))
+        for number, host_batch in enumerate(micro_batches):
             batch, last = host_batch.to(device), number == step_plan.num_micro_batches - 1
             logps = run_micro_batch(self.engine, self.objective, batch, step_plan.counts, sums, last=last)
             self.guard.keep(host_batch, logps, sums.losses[-1])
@@ -286,13 +287,6 @@ class Trainer:
         if not metrics["skipped_steps"]:
             self.objective.after_step(metrics)
         return metrics
-
-    def _referenced(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-        """The batches with the reference's log-probs, where there is a reference."""
-        for batch in batches:
-            if self.reference is not None:
-                batch.completion_values[REFERENCE] = self.reference.lookup(batch)
-            yield batch
 
     def _count_work(self, step_plan: Step, told: dict[str, float], timer: Timer) -> None:
         """Add a step's work, summed over the ranks, to what the run has spent and to the rates of the log."""

@@ -1,16 +1,16 @@
 """Reference log-probs: computed once, kept in side-cars beside the shards, never a resident reference model.
 
 `CACHE_DIR/ref/FINGERPRINT/SHARD.SHA256.npy` holds a record per sample, NaN where none was computed; for KTO also the
-log-prob of the answer that the sample borrows. The fingerprint
-covers weights, processor, image policy, precision, attention and LOGPROB_VERSION, so one changed byte is a miss, and a
-set's references are shared by every run that starts from the same weights.
+log-prob of the answer that the sample borrows. The fingerprint covers weights, processor, image policy, precision,
+attention and LOGPROB_VERSION, so one changed byte is a miss, and a set's references are shared by every run that starts
+from the same weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pivot.batch import CHOSEN, DUMMY_SAMPLE, MISMATCHED, REJECTED, PackedBatch
+from pivot.batch import CHOSEN, DUMMY_SAMPLE, MISMATCHED, REFERENCE, REJECTED, PackedBatch
 from pivot.data.borrowed import BORROWED_VERSION
 from pivot.data.loader import Loader
 from pivot.data.plan import Plan
@@ -87,6 +87,12 @@ class ReferenceCache:
     def _missing(self, rows: np.ndarray) -> np.ndarray:
         """bool[len(rows)]: not scored yet. A masked sample, at infinity, is done with."""
         return np.isnan(self._records["chosen_logp"][rows])
+
+    def add_to(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches, on the host, with their completions' log-probs under the reference."""
+        for batch in batches:
+            batch.completion_values[REFERENCE] = self.lookup(batch)
+            yield batch
 
     def lookup(self, batch: PackedBatch) -> Tensor:
         """float32[C] for a batch on the host, 0 where the weight is 0.

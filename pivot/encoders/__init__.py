@@ -1,7 +1,8 @@
 """The vision encoder: what its configuration says, its weights cut behind the feature layer, and its way back to disk.
 
 An encoder library is one file (`transformers.py`, `open_clip.py`, `timm.py`) with the functions of
-`library.EncoderLibrary`, and one line in the dict `LIBRARIES` of `library.py`. Nothing outside of this package asks which library an encoder is of.
+`library.EncoderLibrary`, and one line in the dict `LIBRARIES` of `library.py`. Nothing outside of this package asks
+which library an encoder is of.
 
     facts.py    what data and model must agree on: pixels, patches, normalisation
     square.py   how an image becomes the encoder's square, and which way a stock image processor takes

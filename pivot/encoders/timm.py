@@ -147,8 +147,8 @@ def read_image_fit(encoder: Encoder) -> ImageFit | None:
     fits = [fit for fit, name in _CROP_MODES.items() if name == mode]
     if not fits or share != 1.0 or resample not in RESAMPLES:
         raise ValueError(
-            f"timm would prepare its images by crop_mode {mode} at crop_pct {share:g} (above and below 1 it cuts or adds "
-            f"a border), {resample}"
+            f"timm would prepare its images by crop_mode {mode} at crop_pct {share:g} (above and below 1 it cuts or "
+            f"adds a border), {resample}"
         )
     return ImageFit(fits[0], resample, f"the settings of {encoder.path}")
 

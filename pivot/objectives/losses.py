@@ -23,15 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pivot.objectives.answer_losses import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
-from pivot.objectives.margin_losses import (
-    discopop,
-    exo_pair,
-    hinge,
-    ipo,
-    log_ratio_margin,
-    robust,
-    sigmoid_norm,
-)
+from pivot.objectives.margin_losses import discopop, exo_pair, hinge, ipo, log_ratio_margin, robust, sigmoid_norm
 from pivot.objectives.reference_free import orpo, simpo
 
 

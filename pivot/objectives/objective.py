@@ -32,9 +32,7 @@ class Objective(Protocol):
     unit_name: ClassVar[str]  # what people call the samples that it learns from: pairs, samples
 
     roles: tuple[str, ...]  # the completions that it needs of each sample, in order
-    learns_from_single_answers: (
-        bool  # not pairs are compared: a set whose samples have one labelled answer each will do
-    )
+    learns_from_single_answers: bool  # a set whose samples have one labelled answer each will do
     needs_reference: bool  # the batch must hold `completion_values[REFERENCE]`
     reference_folder: str | None  # whose weights the reference has; None: those that the run starts from
     # Reward per nat of log-prob that a completion gained over the reference, where there are such rewards: when a run
