@@ -22,7 +22,7 @@ from typing import TypeVar
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED, AGAIN = 130, 75  # exit codes: by a second Ctrl-C; stopped before there was anything to lose
 LOOK_EVERY_S = 1.0  # for the launcher
-MEET_WITHIN_S = 5.0  # from a signal on: for ranks that have not met yet
+MEET_WITHIN_S = 2.0  # from a signal on: for ranks that have not met yet, and so have nothing to lose
 _LAUNCH = "deepspeed.launcher.launch"  # on each machine; below the command that the user gave, or below ssh
 _MODULES = (_LAUNCH, "deepspeed.launcher.runner", "torch.distributed.run")
 _COMMANDS = ("deepspeed", "deepspeed.pt", "torchrun")
