@@ -104,7 +104,8 @@ def convert_dinov2(onnx_file: Path, out: Path) -> str:
     tensors = {name: torch.tensor(value).contiguous() for name, value in values.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     size = {"height": 224, "width": 224}
-    BitImageProcessor(size={"shortest_edge": 224}, crop_size=size, resample=3).save_pretrained(out)
+    pixels: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # ImageNet's
+    BitImageProcessor(size={"shortest_edge": 224}, crop_size=size, resample=3, **pixels).save_pretrained(out)
     loaded: Any = Dinov2Model.from_pretrained(out, output_loading_info=True)
     model, info = loaded
     if any(info.values()):

