@@ -22,7 +22,8 @@ from pivot.encoders.facts import Encoder, EncoderFacts, ImageFit, ImageGeometry,
 from pivot.encoders.square import RESAMPLES
 from pivot.pretrained import Gather, require_equal_values
 
-_CROP_MODES = {"squash": "squash", "crop": "center", "pad": "border"}  # our fit -> timm's crop_mode
+# our fit -> timm's crop_mode. timm pads behind the resize and we before it: where image and border meet, pixels differ.
+_CROP_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
 _MOCO = "base_encoder."  # before the names in a file of MoCo-v3's own
 
 
@@ -147,8 +148,8 @@ def read_image_fit(encoder: Encoder) -> ImageFit | None:
     fits = [fit for fit, name in _CROP_MODES.items() if name == mode]
     if not fits or share != 1.0 or resample not in RESAMPLES:
         raise ValueError(
-            f"timm would prepare its images by crop_mode {mode} at crop_pct {share:g} (above and below 1 it cuts or "
-            f"adds a border), {resample}"
+            f"timm would prepare its images by crop_mode {mode} at crop_pct {share:g} (other than 1 it cuts a border "
+            f"off), {resample}"
         )
     return ImageFit(fits[0], resample, f"the settings of {encoder.path}")
 

@@ -47,6 +47,20 @@ class VisionTower(nn.Module):
             f"{len(self.set_aside)} parameters set aside)"
         )
 
+    def describe_features(self) -> str:
+        """In a line for people: which features are taken, of how large a network, and what its pixels are."""
+        facts, section = self.facts, self.section
+        kept = [f"{facts.num_patches} patches"]
+        kept += ["the CLS token"] if section.cls == "keep" else []
+        kept += [f"{facts.num_registers} registers"] if section.registers == "keep" else []
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (facts.mean, facts.std))
+        return (
+            f"{self.encoder.library}, block {self.num_blocks} of {facts.num_blocks}, "
+            f"{'with' if section.post_norm else 'without'} the final norm: {self.num_features} tokens an image "
+            f"({', '.join(kept)}) of {facts.size} px, {self.width} wide, by "
+            f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f} million parameters; mean {mean}, std {std}"
+        )
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[I, num_features, width] of uint8[I, 3, H, W]; the encoder is called exactly once."""
         return self.choose_tokens(self.library.run(self.model, self.normalise(pixel_values)))

@@ -42,7 +42,7 @@ _NETWORK = ("model_type", "hidden_size", "hidden_sizes", "num_hidden_layers", "i
 def describe(section: VisionTowerConfig) -> EncoderFacts:
     assert section.path is not None
     config = _read_vision_config(section.path)
-    if Path(section.path).is_dir():
+    if any(Path(section.path).glob("*.safetensors*")):  # a folder of settings alone can be described, too
         pretrained.require_weights(Path(section.path), f"model.vision_tower.path: {section.path}")
     family = require_known(config, section.path)
     saved, (mean, std) = read_image_settings(section.path), family.normalisation

@@ -38,25 +38,10 @@ def build_processor(model: ModelConfig, data: DataConfig, encoder: Encoder | Non
     )
     processor.notes = (
         _describe_template(processor, own, source, given),
-        _describe_features(processor, encoder),
         f"pixels     {image_fit.fit}, {image_fit.resample}: {image_fit.source}",
         *_compare_to_stock(processor, place, encoder, own_template=given is None and own is not None),
     )
     return processor
-
-
-def _describe_features(processor: Processor, encoder: Encoder) -> str:
-    """For the first screen: which features the encoder gives, and what its pixels are."""
-    facts, section = encoder.facts, encoder.section
-    kept = [f"{facts.num_patches} patches"]
-    kept += ["the CLS token"] if section.cls == "keep" else []
-    kept += [f"{facts.num_registers} registers"] if section.registers == "keep" else []
-    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (facts.mean, facts.std))
-    return (
-        f"features   {encoder.library}, block {encoder.num_blocks} of {facts.num_blocks}, "
-        f"{'with' if section.post_norm else 'without'} the final norm: {processor.geometry.num_tokens} tokens an image "
-        f"({', '.join(kept)}) of {facts.size} px, mean {mean}, std {std}"
-    )
 
 
 def _describe_template(processor: Processor, own: str | None, source: str, given: str | None) -> str:

@@ -95,6 +95,7 @@ def first_screen(config: Config, inputs: Inputs, world: World) -> str:
             f"data       {train}: {plan.num_pairs} of {len(inputs.data.shards)} samples; excluded: {excluded}",
             f"held out   {held_out}",
             *inputs.processor.notes,
+            f"features   {inputs.skeleton.vision_tower.describe_features()}",
             *([f"positions  {inputs.warning}"] if inputs.warning else []),
             f"images     {geometry.size} x {geometry.size} px, {geometry.num_tokens} tokens each; in "
             f"{plan.num_with_images} of {int(plan.kept.sum())} samples",

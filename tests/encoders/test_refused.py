@@ -41,13 +41,11 @@ def test_weights_that_are_missing_or_cut_short_are_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="model.safetensors is damaged or was cut short"):
         resolve_encoder(section)
     weights.unlink()
-    with pytest.raises(ValueError, match="no weights in .*; expected model.safetensors"):
-        resolve_encoder(section)
+    with pytest.raises(ValueError, match="no weights that transformers can read"):
+        build(str(path))
     index = {"weight_map": {"x": "model-00002-of-00002.safetensors"}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ValueError, match="model-00002-of-00002.safetensors is missing, which the index of weights names"
-    ):
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing, which the index"):
         resolve_encoder(section)
 
 

@@ -11,7 +11,6 @@ from tests.kit import tiny
 from tests.kit.ranks.scenarios import build, optim_config, pair, run_step, save, weights
 
 PATHS = "encoders.json"  # name -> path
-OPEN_CLIP = "open_clip:tiny-timm"
 
 
 def one_step(folder: Path) -> None:
