@@ -143,8 +143,10 @@ def build_mllm(
         if "language_model" not in parts:
             assert model.language_model.path is not None
             parts["language_model"] = build_language_model(model.language_model.path, dtype=dtype)
+        _seed_behind_reading(sources, seed)
         fit_vocabulary(parts["language_model"], len(processor.tokenizer))
     if "projector" not in parts:
+        _seed_behind_reading(sources, seed)
         width, hidden = parts["vision_tower"].width, parts["language_model"].config.hidden_size
         parts["projector"] = Projector(model.projector, width, hidden, dtype=dtype)
         if sources.from_parts and "projector" in taken:
@@ -153,6 +155,19 @@ def build_mllm(
     mllm = MLLM(parts["vision_tower"], parts["projector"], parts["language_model"])
     mllm.use_attention(attention)
     return mllm
+
+
+def _draws_all(sources: WeightSources) -> bool:
+    """Whether both the encoder and the language model are drawn, not read."""
+    assert sources.model.language_model.path is not None
+    drawn = LIBRARIES[sources.encoder.library].draws_weights(sources.encoder.path)
+    return drawn and draws_weights(sources.model.language_model.path)
+
+
+def _seed_behind_reading(sources: WeightSources, seed: int) -> None:
+    """Seed again where weights were read: how many numbers that draws depends on the ZeRO stage."""
+    if not _draws_all(sources):
+        torch.manual_seed(seed)
 
 
 def weights_fingerprint(sources: WeightSources, *, seed: int) -> str:
@@ -168,4 +183,5 @@ def weights_fingerprint(sources: WeightSources, *, seed: int) -> str:
     drawn = library.draws_weights(sources.encoder.path) or draws_weights(text)
     if "projector" not in sources.taken or drawn:
         facts += [seed, torch.__version__, transformers.__version__]  # they decide which numbers are drawn
+        facts += [] if _draws_all(sources) else ["seeded behind reading"]  # before, another projector was drawn
     return hashlib.sha256(repr(facts).encode()).hexdigest()

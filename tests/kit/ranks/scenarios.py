@@ -79,10 +79,6 @@ def build(
         loading=lambda: sharded_loading(settings),
         gather=gathered,
     ).train()
-    if encoder is not None:  # the projector is drawn behind what loading draws, which differs between the stages
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.projector.parameters():
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     model.enable_activation_checkpointing(recompute)
     engine = Engine(model, settings, optim, lambda step, floor: 1.0, world())
     return engine, processor.image_token_id
