@@ -32,7 +32,7 @@ from data_loading import SAMPLES_PER_SHARD, write_large_set
 
 from pivot.data.lengths import LENGTH_RECORD, LENGTHS_VERSION, Lengths, load_lengths
 from pivot.data.plan import Plan, PlanSettings
-from pivot.data.reference_cache import RECORD, ReferenceCache
+from pivot.data.reference_cache import PAIR, ReferenceCache, record_of
 from pivot.data.shards import ShardSet
 from pivot.engine.files import MASTER, SavedShards, Write
 from pivot.metrics import StepMetrics
@@ -117,7 +117,7 @@ class OnlyAName:
 def write_side_cars(folder: Path, shards: ShardSet) -> None:
     lengths = folder / "lengths" / f"{OnlyAName.fingerprint[:16]}-{LENGTHS_VERSION}"
     references = folder / "ref" / OnlyAName.fingerprint[:16]
-    records, scored = draw_lengths(len(shards)), np.zeros(len(shards), dtype=RECORD)
+    records, scored = draw_lengths(len(shards)), np.zeros(len(shards), dtype=record_of(PAIR))
     for where, values in ((lengths, records), (references, scored)):
         where.mkdir(parents=True)
         for shard, first in zip(shards.shards, shards.first_rows, strict=False):
@@ -136,7 +136,7 @@ def plan_of(lengths: Lengths, *, batch: int = 256, ranks: int = 1) -> Plan:
             max_tokens=MAX_TOKENS,
             max_tokens_per_micro_batch=ROW_TOKENS,
             world_size=ranks,
-            roles=("chosen", "rejected"),
+            roles=PAIR,
         )
     )
 
@@ -164,7 +164,7 @@ def measure_set(folder: Path, pairs: int) -> list[Row]:
     processor: Any = OnlyAName()
     note("token counts", lambda: load_lengths(shards, processor, folder), pairs * LENGTH_RECORD.itemsize)
     fingerprint = OnlyAName.fingerprint
-    note("reference", lambda: ReferenceCache(folder, fingerprint, shards), pairs * RECORD.itemsize)
+    note("reference", lambda: ReferenceCache(folder, fingerprint, shards), pairs * record_of(PAIR).itemsize)
     lengths = load_lengths(shards, processor, folder)
     note("plan", lambda: plan_of(lengths), 0)
     plan = plan_of(lengths)
@@ -221,7 +221,7 @@ def measure_gathers(ranks: Sequence[int], batch: int) -> list[Row]:
             "shared_failure": None,
             "hashes of a save": {f"bf16_zero_pp_rank_{n}_optim_states.pt": {"bytes": 1 << 30, "sha256": "f" * 64}
                                  for n in range(FILES_PER_RANK)},
-            "scored references": np.zeros(per_rank, dtype=[("row", "<i8"), ("record", RECORD)]),
+            "scored references": np.zeros(per_rank, dtype=[("row", "<i8"), ("record", record_of(PAIR))]),
         }  # fmt: skip
         for what, value in objects.items():
             own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
