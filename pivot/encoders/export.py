@@ -16,6 +16,7 @@ from pivot.encoders.library import resolve_encoder
 from pivot.encoders.tower import VisionTower, build_vision_tower
 
 NOTE = "pivot_encoder.json"
+KNOWN_BY = ("config.json", "open_clip_config.json")  # a folder without either is no encoder
 PREFIX = "vision_tower.model."  # of the encoder's parameters in the model's state dict
 
 
@@ -53,12 +54,12 @@ def _compare_features(vision_tower: VisionTower, path: str, values: Mapping[str,
     return error
 
 
-def write_note(folder: Path, vision_tower: VisionTower, geometry: ImageGeometry) -> dict[str, Any]:
-    """Write NOTE beside an exported encoder, and give it: how images are prepared, which features a run took of it, and
-    which parameters lie behind those, unchanged by the run."""
+def write_note(folder: Path, vision_tower: VisionTower, geometry: ImageGeometry, *, place: Path) -> dict[str, Any]:
+    """Write NOTE beside an encoder in `folder`, which is to lie at `place`, and give it: how images are prepared, which
+    features a run took of it, and which parameters lie behind those, unchanged by the run."""
     section = vision_tower.section
     note: dict[str, Any] = {
-        "path": vision_tower.library.name_folder(str(folder)),
+        "path": vision_tower.library.name_folder(str(place)),
         "began_as": vision_tower.encoder.path,
         "image": asdict(geometry),
         "features": {name: getattr(section, name) for name in ("layer", "post_norm", "cls", "registers")},

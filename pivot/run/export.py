@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pivot.config import Config
 from pivot.config_load import load_saved
-from pivot.encoders.export import NOTE, write_encoder, write_note
+from pivot.encoders.export import KNOWN_BY, NOTE, write_encoder, write_note
 from pivot.encoders.tower import build_vision_tower
 from pivot.engine.files import SavedShards, unknown_classes
 from pivot.models.build import build_mllm, resolve_sources
@@ -21,7 +21,7 @@ from pivot.run import checkpoint
 from pivot.run.checkpoint import Checkpoint
 from pivot.system import distributed
 from pivot.system.distributed import World
-from pivot.system.files import UNFINISHED
+from pivot.system.files import UNFINISHED, filling
 
 _OPTION = {"transformers": "hf", "open_clip": "open_clip", "timm": "timm"}  # a library -> its name in --encoder
 ENCODER_OPTIONS = {option: library for library, option in _OPTION.items()}
@@ -67,8 +67,9 @@ def export_encoder(path: Path, out: Path, library: str, say: Callable[[str], Non
     torch.manual_seed(config.train.seed)  # as in the run, for an encoder that began at random and was never trained
     tower = build_vision_tower(encoder, dtype=_dtype_of(newest))
     state = _fill_in(nn.ModuleDict({"vision_tower": tower}), newest.folder)
-    difference = write_encoder(out, tower, state, processor.geometry)
-    note = write_note(out, tower, processor.geometry)
+    with filling(out, last=KNOWN_BY) as part:
+        difference = write_encoder(part, tower, state, processor.geometry)
+        note = write_note(part, tower, processor.geometry, place=out)
     image = note["image"]
     say(f"images     {image['size']} px, {image['fit']}, {image['resample']}, mean {image['mean']}, std {image['std']}")
     say(f"set aside  {len(tower.set_aside)} parameters {note['set_aside']['what']}; {NOTE} names them")

@@ -81,6 +81,19 @@ def test_an_export_that_is_killed_is_none_and_goes_on(folder: Path, tmp_path: Pa
     }
 
 
+def test_an_encoder_alone_that_is_killed_is_none_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    run, out = folder / "zero0", tmp_path / "out"
+    killed = run_killed("export", "config.json", run, "--out", out, "--encoder", "hf")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert (out / "model.safetensors").is_file() and not (out / "config.json").exists()
+    done = run_script("export", run, "--out", out, "--encoder", "hf")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "read back by transformers: the largest difference of a feature is 0" in done.stdout
+    assert f"model.vision_tower.path={out}" in done.stdout
+    assert json.loads((out / "pivot_encoder.json").read_text())["path"] == str(out)
+    assert (out / "config.json").is_file() and not (out / ".part").exists()
+
+
 def test_numbers_that_are_half_written_leave_those_of_before(folder: Path, tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     numbers.write_text("{}")
