@@ -100,7 +100,7 @@ sft dpo: %: demo-start $(DEMO)/data/scenes.png $(ENVIRONMENT) $(DEMO)/%.done
 endif
 
 recipe: $(ENVIRONMENT)  ## The whole method at demo size: align, pre-train, SFT and DPO twins, swap (about half an hour on two cores)
-	@$(ON_PATH) "$$PYTHON" launch/recipe.py --size launch/configs/pivot/demo.yaml --folder runs/recipe $(ARGS)
+	@$(ON_PATH) "$$PYTHON" launch/recipe.py --size launch/sizes/demo.yaml --folder runs/recipe $(ARGS)
 
 demo-start: $(if $(ENVIRONMENT),.venv/.made)
 	@"$$PYTHON" launch/demo.py start $(filter sft dpo,$(MAKECMDGOALS)) $(DEMO)

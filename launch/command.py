@@ -74,10 +74,14 @@ def describe_keys() -> str:
 
     lines = ["Keys and their defaults. resume: a run that goes on may change it; ranks: each machine may have its own."]
     for section in ("", *(key.name for key in KEYS.values() if key.section is not None)):
-        lines += ["", *textwrap.wrap(f"{section}: {KEYS[section].text}" if section else "", WIDTH)]
+        lines += [
+            "",
+            *textwrap.wrap(f"{section}: {KEYS[section].text}" if section else "", WIDTH, break_on_hyphens=False),
+        ]
         for key in KEYS.values():
             if key.section is None and key.name.rpartition(".")[0] == section:
-                lines += [_describe_values(key), textwrap.indent(textwrap.fill(key.text, WIDTH - 6), 6 * " ")]
+                text = textwrap.fill(key.text, WIDTH - 6, break_on_hyphens=False)
+                lines += [_describe_values(key), textwrap.indent(text, 6 * " ")]
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@
     1a_align -> 1b_pretrain -> 2_sft, 2_dpo -> for each arm 3a_swap_align -> 3b_swap_instruct
 
 The stages are the YAMLs of launch/configs/pivot/, at the paper's size. `--size` lays settings over them, so that
-launch/configs/pivot/demo.yaml makes the same chain run on two CPU cores (`make recipe`). The arm base is the encoder of
+launch/sizes/demo.yaml makes the same chain run on two CPU cores (`make recipe`). The arm base is the encoder of
 1b without post-training. Each stage is an ordinary run in DIR; the same command goes on. In the end DIR/table.md has
 what every arm gave before and after the swap. A frozen encoder is compared with the one that came, bit by bit.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pivot.config import KEYS, MISSING, REPOSITORY, Config, ConfigError, DPOConf
 from pivot.config_check import check_config, read_deepspeed_json
 from pivot.config_load import REMOVED, load_config, load_saved, read_settings, to_yaml
 from pivot.models.attention import BACKENDS
+from pivot.objectives import OBJECTIVES
 from pivot.system.redact import redact
 
 YAML = """
@@ -65,7 +67,8 @@ def test_attention_names_its_back_ends() -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "launch/configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_the_runs_that_come_along_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    assert load_config(path, ["data.train=shards/x"], "dpo" if "dpo" in path.name else "sft")
+    (objective,) = [name for name in OBJECTIVES if re.search(rf"^  {name}:", path.read_text(), re.MULTILINE)]
+    assert load_config(path, ["data.train=shards/x"], objective)
 
 
 @pytest.mark.parametrize("key", REMOVED)

@@ -93,7 +93,7 @@ def test_a_stage_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_demo_size_is_a_run_that_loads_at_every_stage(tmp_path: Path) -> None:
-    layers = [recipe.read_size(recipe.CONFIGS / "demo.yaml", tmp_path)]
+    layers = [recipe.read_size(REPOSITORY / "launch/sizes/demo.yaml", tmp_path)]
     for stage in recipe.make_chain(["base", "sft", "dpo", "mpo"]):
         words = recipe.words_of(stage, tmp_path, layers)
         config = load_config(words[0], words[1:], "dpo" if stage.script == "train_dpo.py" else "sft")

@@ -162,7 +162,10 @@ def test_a_variable_with_another_value_is_another_setting(folder: Path) -> None:
     assert "was written with another value of objective.dpo.reference" in done.stderr
 
 
-@pytest.mark.parametrize("key", ["data.train", "data.eval", "init_from", "data.exclude", "train.seed", "deepspeed"])
+ASKED_AGAIN = [pytest.param(key, marks=pytest.mark.slow) for key in ("data.train", "data.eval")]  # for a minute each
+
+
+@pytest.mark.parametrize("key", [*ASKED_AGAIN, "init_from", "data.exclude", "train.seed", "deepspeed"])
 def test_a_password_is_in_no_error(folder: Path, key: str, capfd: pytest.CaptureFixture[str]) -> None:
     url = "https://bob:hunter2@127.0.0.1:9/set?token=hunter2"
     assert main("dpo", [str(folder / "run.yaml"), f"{key}='{url}'", f"output_dir={folder}/never"]) != 0

@@ -19,7 +19,7 @@ from tests.kit.tiny import tiny_llava, tiny_open_clip
 
 NAMES = ("dinov2_registers", "mae", "aimv2_native", "timm-supervised", "timm-eva02", "open_clip")
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks of the file
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for all ranks of the file
 
 
 @pytest.fixture(scope="module")

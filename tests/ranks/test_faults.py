@@ -40,6 +40,7 @@ def require_equal_weights(found: Path, expected: Path) -> None:
     assert left.keys() == right.keys() and all(torch.equal(left[name], value) for name, value in right.items())
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_one_rank(folder: Path, unbroken: Ended) -> None:
     """Rank 1's, when it writes its share of the second checkpoint: both ranks end, the first checkpoint stays."""
     ended = run_on_two_ranks(folder, "full", fault="rank=1,step=3,kind=enospc")
@@ -80,6 +81,7 @@ fault.inject = lambda rank, step: os._exit(0) if step == 3 else None
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_early_with_exit_code_0(folder: Path) -> None:
     """As one does that takes itself for done: no launcher would see anything wrong, and the status says it."""
     ended = run_on_two_ranks(folder, "left", patches=("", LEAVES))

@@ -13,7 +13,7 @@ from tests.kit.ranks import run_ranks
 from tests.kit.sets import make_set
 from tests.kit.tiny import tiny_llava
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Held = dict[str, Any]
 
 

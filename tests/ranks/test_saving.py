@@ -25,7 +25,7 @@ from tests.kit.ranks.scenarios_train import RUN
 from tests.kit.sets import make_set
 from tests.kit.tiny import tiny_llava
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks of the file
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for all ranks of the file
 
 
 @pytest.fixture(scope="module")
