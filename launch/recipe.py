@@ -56,6 +56,11 @@ def make_chain(arms: list[str]) -> list[Stage]:
     return chain
 
 
+def stage_names() -> set[str]:
+    """The YAMLs that there are."""
+    return {path.stem for path in CONFIGS.glob("[123]*.yaml")}
+
+
 def read_size(file: Path | None, folder: Path) -> dict[str, list[str]]:
     """Stage, or `all`, -> settings over its YAML."""
     if file is None:
@@ -63,7 +68,7 @@ def read_size(file: Path | None, folder: Path) -> dict[str, list[str]]:
     from omegaconf import OmegaConf
 
     found: Any = OmegaConf.to_container(OmegaConf.load(file))
-    configs = {path.stem for path in CONFIGS.glob("[123]*.yaml")}
+    configs = stage_names()
     for name, words in found.items():
         if name != "all" and name not in configs:
             raise ValueError(f"{file}: there is no stage {name}; expected all or one of {', '.join(sorted(configs))}")
@@ -75,7 +80,7 @@ def read_size(file: Path | None, folder: Path) -> dict[str, list[str]]:
 def split_overrides(texts: list[str]) -> dict[str, list[str]]:
     """`2_dpo.optim.lr=1e-6` -> {"2_dpo": ["optim.lr=1e-6"]}; a setting without a stage is for all."""
     settings: dict[str, list[str]] = {}
-    configs = {path.stem for path in CONFIGS.glob("[123]*.yaml")}
+    configs = stage_names()
     for text in texts:
         stage, _, setting = text.partition(".")
         if stage in configs:
@@ -155,7 +160,7 @@ def run_recipe(options: argparse.Namespace) -> int:
     arms = options.arms.split(",")
     chain, folder = make_chain(arms), options.folder
     layers = [read_size(options.size, folder), split_overrides(options.overrides)]
-    if any("{data}" in text for text in (options.size.read_text() if options.size else "",)):
+    if options.size is not None and "{data}" in options.size.read_text(encoding="utf-8"):
         code = draw_demo(folder)
         if code != OK:
             return code

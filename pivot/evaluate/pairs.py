@@ -49,9 +49,9 @@ def score_pairs(
     matching = None if objective is None else objective.matching
     for _, micro_batches in distributed.until_asked(source):
         waiting: list[tuple[PackedBatch, Tensor]] = []  # what the rest of the step has yet to be matched with
+        if reference is not None:
+            micro_batches = reference.add_to(micro_batches)
         for host_batch in distributed.until_asked(micro_batches):
-            if reference is not None:
-                host_batch.completion_values[REFERENCE] = reference.lookup(host_batch)
             batch = host_batch.to(world.device)
             token_logps = forward(batch)
             parts.append(_records(host_batch, batch.completion_logps(token_logps).float().cpu()))
